@@ -1,0 +1,355 @@
+"""One attention layer's cache: packed pages, exact sinks and an exact tail.
+
+    token index   0 ... sink | 64 ........... 64 * pages | ................ length
+                  [ pages of 64 tokens, packed           ][ exact tail, >= recent ]
+                  [ sinks: exact copies, read instead ]
+
+A page is packed when all its tokens have left the exact window of every later query. Tokens of the call in progress are
+*pending*: attention reads them exactly, in place, and :meth:`PackedLayer.commit` then packs what has left the window, so
+a long prefill never copies its keys and values at full precision.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..codec.center import KeyStatistics, KeyTransform, QuerySquares, measure
+from ..codec.layout import PAGE_TOKENS, PageLayout
+from ..codec.page import PageCodec
+from ..codec.rotary import Rotary
+from ..config import MAX_STATISTICS_TOKENS, TurboQuantConfig
+from ..errors import ShapeError, TurboQuantError
+from .slab import PageSlabs
+
+#: Pages coded or decoded at once; bounds the float32 copies (1,024 tokens).
+BLOCK_PAGES = 16
+#: Sliding layers keep this many tokens beyond their window, so that speculative tokens can be taken back.
+_SLIDING_SLACK = PAGE_TOKENS
+
+
+class PackedLayer:
+    """Keys and values of one layer, for a batch of sequences of equal length.
+
+    Args:
+        num_kv_heads, head_dim: shape of the layer.
+        config: the recipe.
+        bits: (key bits, value bits) of this layer.
+        rotary: the layer's rotary embedding, or None.
+        sliding_window: the layer attends to at most this many last tokens; older pages are dropped.
+        statistics: frozen statistics to use instead of measuring.
+    """
+
+    def __init__(
+        self,
+        num_kv_heads: int,
+        head_dim: int,
+        config: TurboQuantConfig,
+        bits: tuple[int, int],
+        rotary: Rotary | None = None,
+        sliding_window: int | None = None,
+        statistics: KeyStatistics | None = None,
+    ) -> None:
+        qjl = config.quantizer == "lloyd_max_qjl"
+        self.num_kv_heads, self.head_dim, self.config, self.bits = num_kv_heads, head_dim, config, bits
+        self.layout = PageLayout(head_dim, bits[0] - qjl, bits[1], qjl)
+        self.codec = PageCodec(self.layout, config.rotation_type, config.seed, config.per_head_scale)
+        self.rotary = rotary if config.key_center == "rope_mean" else None
+        self.sliding_window = sliding_window
+        # Sinks of a sliding layer leave its window like any other token.
+        self.sink_tokens = config.sink_tokens if sliding_window is None else 0
+        self.retain_multiple = 0
+        self._preset_statistics = statistics
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all tokens and measured statistics; statistics given at construction stay."""
+        self.length = 0
+        self.packed_pages = 0
+        self.first_page = 0
+        self.slabs = PageSlabs()
+        self.starts: Tensor | None = None
+        self.transform: KeyTransform | None = None
+        self.queries = QuerySquares()
+        self._pending: tuple[Tensor, Tensor] | None = None
+        self._tail: Tensor | None = None  # (2, batch, heads, capacity, head_dim)
+        self._tail_start = 0
+        self._sinks: Tensor | None = None  # (2, batch, heads, sinks, head_dim)
+        if self.config.key_center == "none":
+            self.transform = KeyTransform(None, None)
+        elif self._preset_statistics is not None:
+            self.use_statistics(self._preset_statistics)
+
+    # -- facts ----------------------------------------------------------------------------------------------------
+
+    @property
+    def batch_size(self) -> int:
+        """Number of rows; 0 before the first token."""
+        return 0 if self._tail is None else self._tail.shape[1]
+
+    @property
+    def packed_tokens(self) -> int:
+        """Tokens before this index are read from pages (sinks apart)."""
+        return self.packed_pages * PAGE_TOKENS
+
+    @property
+    def first_token(self) -> int:
+        """Index of the first token still held (0 unless the layer slides)."""
+        return min(self.first_page * PAGE_TOKENS, self.length)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The model's dtype, in which exact tokens are held."""
+        return torch.get_default_dtype() if self._tail is None else self._tail.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all storage really held: pages, exact tail, sinks, statistics, and a call in progress."""
+        held = [t for t in (self._tail, self._sinks, *(self._pending or ())) if t is not None]
+        stats = self.transform.statistics if self.transform is not None else None
+        return self.slabs.nbytes + sum(t.nbytes for t in held) + (stats.nbytes if stats is not None else 0)
+
+    @property
+    def statistics(self) -> KeyStatistics | None:
+        """The frozen statistics, or None before they are measured."""
+        return None if self.transform is None else self.transform.statistics
+
+    def use_statistics(self, statistics: KeyStatistics) -> None:
+        """Freeze the given statistics.
+
+        Raises:
+            ShapeError: they are of another shape.
+        """
+        want = (self.num_kv_heads, self.head_dim)
+        if tuple(statistics.mean.shape) != want:
+            raise ShapeError(f"statistics of shape {tuple(statistics.mean.shape)} do not fit a layer of {want} (heads, head_dim)")
+        self.transform = KeyTransform(statistics, self.rotary)
+
+    def positions(self, start: int, stop: int, device: torch.device) -> Tensor:
+        """Positions (rows, stop - start) of tokens by index; negative at left padding. One row serves all without padding."""
+        index = torch.arange(start, stop, device=device)[None]
+        return index if self.starts is None else index - self.starts[:, None]
+
+    # -- append and pack --------------------------------------------------------------------------------------------
+
+    def append(self, key: Tensor, value: Tensor) -> None:
+        """Add tokens, (batch, heads, tokens, head_dim) each; they stay pending until :meth:`commit`.
+
+        Raises:
+            ShapeError: another shape, dtype or device than the cache holds.
+        """
+        self.commit()
+        want = (self.num_kv_heads, self.head_dim)
+        for name, t in (("key", key), ("value", value)):
+            if t.dim() != 4 or (t.shape[1], t.shape[3]) != want:
+                raise ShapeError(
+                    f"{name} of shape {tuple(t.shape)} does not fit: expected (batch, {want[0]} heads, tokens, head_dim {want[1]})"
+                )
+        if key.shape != value.shape or key.dtype != value.dtype or key.device != value.device:
+            raise ShapeError(
+                f"key {tuple(key.shape)} {key.dtype} {key.device} and value {tuple(value.shape)} {value.dtype} {value.device} must agree"
+            )
+        if key.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise ShapeError(f"keys and values must be float32, float16 or bfloat16, not {key.dtype}")
+        if self._tail is None:
+            self._tail = key.new_empty(2, key.shape[0], *want[:1], 0, want[1])
+        elif (key.shape[0], key.dtype, key.device) != (self.batch_size, self.dtype, self._tail.device):
+            raise ShapeError(
+                f"batch {key.shape[0]}, {key.dtype} on {key.device} does not match the cached batch {self.batch_size}, "
+                f"{self.dtype} on {self._tail.device}; call reset() to start anew"
+            )
+        self._pending = (key, value)
+        self.length += key.shape[2]
+
+    def observe_queries(self, query: Tensor) -> None:
+        """Count the queries (batch, query heads, tokens, head_dim) of the pending tokens for the balance, until frozen."""
+        if self.transform is None and self.config.key_balance:
+            p = self.positions(self.length - query.shape[2], self.length, query.device).expand(query.shape[0], -1)
+            self.queries.add(query, self.num_kv_heads, p)
+
+    def commit(self) -> None:
+        """Take in the pending tokens and pack every page that has left the exact window."""
+        if self._pending is None:
+            return
+        pages = max(0, (self.length - self.config.recent_tokens) // PAGE_TOKENS)
+        if pages > self.packed_pages and self._ready():
+            self._pack(pages)
+        keep = self.packed_tokens
+        if self.retain_multiple:
+            boundary = self.length // self.retain_multiple * self.retain_multiple
+            keep = max(self._tail_start, min(keep, boundary - self.config.recent_tokens))
+        self._absorb(keep)
+        self._drop_old()
+
+    def _ready(self) -> bool:
+        """Freeze the statistics if enough tokens were seen; True once they are frozen."""
+        if self.transform is not None:
+            return True
+        seen = self.length - (int(self.starts.min()) if self.starts is not None else 0)
+        if seen < self.config.statistics_tokens:
+            return False
+        key, _ = self.exact(0, min(self.length, MAX_STATISTICS_TOKENS))
+        positions = self.positions(0, key.shape[2], key.device).expand(key.shape[0], -1)
+        self.use_statistics(measure(key, positions, self.rotary, self.queries.mean(), float(self.config.key_balance)))
+        return True
+
+    def _pack(self, pages: int) -> None:
+        assert self._tail is not None and self.transform is not None
+        new = self._tail.new_empty(
+            (self.batch_size, self.num_kv_heads, pages - self.packed_pages, self.layout.page_bytes), dtype=torch.uint8
+        )
+        self._save_sinks(self.packed_tokens, pages * PAGE_TOKENS)
+        for p in range(self.packed_pages, pages, BLOCK_PAGES):
+            stop = min(p + BLOCK_PAGES, pages)
+            key, value = self.exact(p * PAGE_TOKENS, stop * PAGE_TOKENS)
+            coded = self.transform.forward(key, self.positions(p * PAGE_TOKENS, stop * PAGE_TOKENS, key.device))
+            new[:, :, p - self.packed_pages : stop - self.packed_pages] = self.codec.encode(coded, value)
+        self.slabs.append(new)
+        self.packed_pages = pages
+
+    def _save_sinks(self, start: int, stop: int) -> None:
+        """Copy the sink tokens with index in [start, stop) before they are packed."""
+        index = self.sink_index()
+        if index is None or start > int(index.max()):
+            return
+        assert self._tail is not None
+        if self._sinks is None:
+            self._sinks = self._tail.new_zeros(2, self.batch_size, self.num_kv_heads, self.sink_tokens, self.head_dim)
+        here = ((index >= start) & (index < stop))[:, None, :, None]
+        local = (index - start).clamp(0, stop - start - 1)[:, None, :, None]
+        shape = (self.batch_size, self.num_kv_heads, self.sink_tokens, self.head_dim)
+        exact = torch.stack([t.gather(2, local.expand(shape)) for t in self.exact(start, stop)])
+        self._sinks = torch.where(here, exact, self._sinks)
+
+    def _absorb(self, keep: int) -> None:
+        """Make the tail hold tokens [keep, length): move what stays, add the pending ones."""
+        assert self._tail is not None
+        count = self.length - keep
+        if keep == self._tail_start and count <= self._tail.shape[3] and self._pending is not None:
+            old = count - self._pending[0].shape[2]
+            self._tail[0, :, :, old:count], self._tail[1, :, :, old:count] = self._pending
+        else:
+            exact = self.exact(keep, self.length)
+            # Whole pages of room: the tail of a decoding sequence is then reallocated once in 64 tokens.
+            room = -(-count // PAGE_TOKENS) * PAGE_TOKENS
+            tail = self._tail.new_empty(2, self.batch_size, self.num_kv_heads, room, self.head_dim)
+            tail[0, :, :, :count], tail[1, :, :, :count] = exact
+            self._tail, self._tail_start = tail, keep
+        self._pending = None
+
+    def _drop_old(self) -> None:
+        if self.sliding_window is None:
+            return
+        first = max(0, self.length - self.sliding_window + 1 - _SLIDING_SLACK) // PAGE_TOKENS
+        first = min(first, self.packed_pages)
+        if first > self.first_page:
+            self.slabs.keep(first - self.first_page, self.packed_pages - self.first_page)
+            self.first_page = first
+
+    # -- read -----------------------------------------------------------------------------------------------------
+
+    def exact(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """(key, value) views or copies of the exact tokens [start, stop), (batch, heads, tokens, head_dim)."""
+        assert self._tail is not None and start >= self._tail_start
+        pending = self._pending[0].shape[2] if self._pending is not None else 0
+        border = self.length - pending
+        parts = []
+        if start < border:
+            parts.append(self._tail[:, :, :, start - self._tail_start : min(stop, border) - self._tail_start])
+        if stop > border and self._pending is not None:
+            a, b = max(start, border) - border, stop - border
+            if not parts:
+                return self._pending[0][:, :, a:b], self._pending[1][:, :, a:b]
+            parts.append(torch.stack([t[:, :, a:b] for t in self._pending]))
+        both = parts[0] if len(parts) == 1 else torch.cat(parts, dim=3)
+        return both[0], both[1]
+
+    def sink_index(self) -> Tensor | None:
+        """Token indices of the sinks, (batch, sinks): the first tokens of each row after its padding. None without sinks."""
+        if not self.sink_tokens or self._tail is None:
+            return None
+        first = torch.arange(self.sink_tokens, device=self._tail.device)[None].expand(self.batch_size, -1)
+        return first if self.starts is None else first + self.starts.clamp_min(0)[:, None]
+
+    def sinks(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """(key, value, index) of sinks; valid where ``index < packed_tokens``. None while all are in the tail."""
+        index = self.sink_index()
+        if self._sinks is None or index is None:
+            return None
+        return self._sinks[0], self._sinks[1], index
+
+    def decode(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """(key, value) of packed pages ``start`` to ``stop`` as tokens, in the model's dtype, sinks exact."""
+        assert self.transform is not None and self._tail is not None
+        first = self.first_page
+        shape = (2, self.batch_size, self.num_kv_heads, (stop - start) * PAGE_TOKENS, self.head_dim)
+        out = self._tail.new_empty(shape)
+        for page, view in self.slabs.blocks(BLOCK_PAGES, start - first, stop - first):
+            a = (page + first) * PAGE_TOKENS
+            b = a + view.shape[2] * PAGE_TOKENS
+            coded, value = self.codec.dequantize(view)
+            o = start * PAGE_TOKENS
+            out[0, :, :, a - o : b - o] = self.transform.inverse(coded, self.positions(a, b, view.device)).to(out.dtype)
+            out[1, :, :, a - o : b - o] = value.to(out.dtype)
+        if (sinks := self.sinks()) is not None:
+            key, value, index = sinks
+            for row, slot in ((index >= start * PAGE_TOKENS) & (index < stop * PAGE_TOKENS)).nonzero().tolist():
+                at = int(index[row, slot]) - start * PAGE_TOKENS
+                out[0, row, :, at], out[1, row, :, at] = key[row, :, slot], value[row, :, slot]
+        return out[0], out[1]
+
+    def get(self) -> tuple[Tensor, Tensor]:
+        """(key, value) of all tokens held, dequantized, (batch, heads, length - first_token, head_dim), model's dtype.
+
+        Raises:
+            TurboQuantError: the layer is empty.
+        """
+        if self._tail is None:
+            raise TurboQuantError("the cache is empty: nothing was stored yet")
+        key, value = self.exact(self.packed_tokens, self.length)
+        if self.packed_pages > self.first_page:
+            old_key, old_value = self.decode(self.first_page, self.packed_pages)
+            key, value = torch.cat((old_key, key), dim=2), torch.cat((old_value, value), dim=2)
+        return key, value
+
+    # -- edit -----------------------------------------------------------------------------------------------------
+
+    def crop(self, length: int) -> None:
+        """Forget all tokens from index ``length`` on. Tokens before it keep their stored values.
+
+        A crop into packed pages turns the page that is cut back into exact tokens of the decoded values.
+
+        Raises:
+            TurboQuantError: the layer slides and no longer holds the tokens that its window would need.
+        """
+        self.commit()
+        if length >= self.length or self._tail is None:
+            return
+        if self.sliding_window is not None and self.first_page * PAGE_TOKENS > max(0, length - self.sliding_window + 1):
+            raise TurboQuantError(
+                f"cannot crop to {length} tokens: this layer slides over {self.sliding_window} tokens and has dropped those "
+                f"before {self.first_page * PAGE_TOKENS}"
+            )
+        if length < self.packed_tokens:
+            page = length // PAGE_TOKENS
+            if length % PAGE_TOKENS:
+                self._tail = torch.stack(self.decode(page, page + 1))
+            else:
+                self._tail = self._tail.new_empty(*self._tail.shape[:3], 0, self.head_dim)
+            self._tail_start = page * PAGE_TOKENS
+            self.slabs.keep(0, page - self.first_page)
+            self.packed_pages = page
+        self.length = length
+        if not length:
+            self.reset()
+
+    def select_rows(self, index: Tensor) -> None:
+        """Replace the batch rows by rows ``index`` (beam search, repeat, select)."""
+        self.commit()
+        if self._tail is None:
+            return
+        index = index.to(self._tail.device)
+        self.slabs.select_rows(index)
+        self._tail = self._tail.index_select(1, index)
+        self._sinks = None if self._sinks is None else self._sinks.index_select(1, index)
+        self.starts = None if self.starts is None else self.starts.index_select(0, index)
