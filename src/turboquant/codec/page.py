@@ -49,6 +49,11 @@ def _tables(bits: int, role: str, device: torch.device) -> tuple[Tensor, Tensor,
     )
 
 
+def _look_up(table: Tensor, index: Tensor) -> Tensor:
+    """``table[index]``; index_select is 2.5 times as fast as advanced indexing on the CPU."""
+    return table.index_select(0, index.reshape(-1).int()).view(index.shape)
+
+
 @dataclass(frozen=True)
 class Decoded:
     """Pages in the rotated domain: ``vector = scale * levels``, and for QJL keys ``+ qjl_scale * signs`` after S.
@@ -104,7 +109,7 @@ class PageCodec:
         parts = [self._planes(k_codes, lay.key_bits)]
         norms: Tensor | None = None
         if lay.qjl:
-            levels = _tables(lay.key_bits, "key", y.device)[2][k_codes.int()]
+            levels = _look_up(_tables(lay.key_bits, "key", y.device)[2], k_codes)
             residual = y - levels * k_scale.float()[..., None]
             parts.append(self._planes((self.sketch.forward(residual) < 0).to(torch.uint8), 1))
             norms = tree_sum(residual * residual).sqrt().clamp(max=_HALF_MAX).half()
@@ -120,8 +125,8 @@ class PageCodec:
         mean2 = norm2 if self.per_head_scale else norm2.mean(dim=1, keepdim=True)
         rms = (mean2 / self.layout.head_dim).sqrt()
         inverse = torch.where(rms > 0, 1.0 / rms, torch.zeros_like(rms))
-        codes = codes_of_rank[torch.bucketize(y * inverse[..., None], thresholds, out_int32=True)]
-        level = levels[codes.int()]
+        codes = _look_up(codes_of_rank, torch.bucketize(y * inverse[..., None], thresholds, out_int32=True))
+        level = _look_up(levels, codes)
         top = tree_sum(y * level) if least_squares else norm2
         bottom = tree_sum(level * level)
         if not self.per_head_scale:
@@ -164,7 +169,7 @@ class PageCodec:
 
     def _levels(self, planes: Tensor, bits: int, role: str) -> Tensor:
         codes = self.layout.unpack(planes, bits)
-        return _tables(bits, role, planes.device)[2][codes.int()].flatten(2, 3)
+        return _look_up(_tables(bits, role, planes.device)[2], codes).flatten(2, 3)
 
     def _scales(self, pages: Tensor, offset: int) -> Tensor:
         raw = pages[..., offset : offset + 2 * PAGE_TOKENS].contiguous()

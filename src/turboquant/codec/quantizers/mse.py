@@ -44,7 +44,7 @@ class TurboQuantMSE(VectorQuantizer):
         ``N = |x| <y, q> / <q, q>``: the smallest squared error that these codes allow.
     ``unbiased``
         ``N = |x| d / <y, q>``: the error is orthogonal to ``x``, which makes inner products with any vector unbiased over
-        the random rotation (as in RaBitQ and EDEN), at a larger squared error.
+        the random Haar rotation (as in RaBitQ and EDEN), at a larger squared error.
 
     Codes: ``index`` (..., d) uint8. Scales: ``norm`` (...) fp16. Zero vectors decode to zero.
 
@@ -83,22 +83,22 @@ class TurboQuantMSE(VectorQuantizer):
     def _encode(self, x: Tensor) -> Encoded:
         thresholds, levels = self._on(x.device)
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        unit = torch.where(norm > 0, x / norm, torch.zeros_like(x))
+        unit = x / norm.clamp(min=torch.finfo(torch.float32).tiny)
         y = get_rotation(self.dim, self.rotation_type, self.seed).forward(unit) * math.sqrt(self.dim)
         index = torch.bucketize(y, thresholds, out_int32=True)
         factor = self._factor(y, levels[index])
-        # A zero vector has y = 0, for which the factor may be infinite.
+        # A zero vector has y = 0, for which the factor of the unbiased scale is infinite.
         stored = torch.where(norm[..., 0] > 0, norm[..., 0] * factor, torch.zeros_like(factor))
         return Encoded({"index": index.to(torch.uint8)}, {"norm": to_fp16(stored)})
 
     def _factor(self, y: Tensor, q: Tensor) -> Tensor:
         """``N / |x|`` for rotated vectors ``y`` of norm sqrt(d) and their levels ``q``."""
         if self.scale == "norm_corrected":
-            return math.sqrt(self.dim) / torch.linalg.vector_norm(q, dim=-1)
+            return (self.dim / (q * q).sum(-1)).sqrt()
         if self.scale == "least_squares":
             return (y * q).sum(-1) / (q * q).sum(-1)
         if self.scale == "unbiased":
-            return self.dim / (y * q).sum(-1)
+            return (y * q).sum(-1).reciprocal() * self.dim
         return torch.ones_like(y[..., 0])
 
     def decode(self, encoded: Encoded) -> Tensor:

@@ -1,0 +1,1 @@
+"""Adapters to other projects; each is imported only when used."""

@@ -1,0 +1,5 @@
+"""Hugging Face transformers: a ``Cache`` over packed pages and the attention function that reads them."""
+
+from .cache import HuggingFaceCache, cache_for_model
+
+__all__ = ["HuggingFaceCache", "cache_for_model"]

@@ -1,0 +1,215 @@
+"""What a transformers model's layers cache, and which rotary embedding its keys carry."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...codec.layout import MAX_HEAD_DIM, MIN_HEAD_DIM
+from ...codec.rotary import Pairing, Rotary
+from ...config import EXACT_BITS, TurboQuantConfig
+from ...errors import UnsupportedModelError
+
+
+@dataclass(frozen=True, eq=False)
+class LayerSpec:
+    """One layer of a model's cache.
+
+    Attributes:
+        exact: transformers' own cache layer, to use where ``reason`` is set.
+        reason: why the layer is kept exact, or "".
+        num_kv_heads, head_dim: shape (0 where the layer has no keys).
+        bits: (key bits, value bits).
+        sliding_window: tokens the layer attends to, or None for all.
+        rotary: the layer's rotary embedding, or None.
+        note: what a user should know about a compressed layer, or "".
+    """
+
+    exact: Any
+    reason: str
+    num_kv_heads: int
+    head_dim: int
+    bits: tuple[int, int]
+    sliding_window: int | None
+    rotary: Rotary | None
+    note: str
+
+
+def text_config(model: Any) -> Any:
+    """The configuration of the model's decoder.
+
+    Raises:
+        UnsupportedModelError: not a causal language model of transformers.
+    """
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "get_text_config"):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is not a transformers model; build TurboQuantCache(num_layers, num_kv_heads, head_dim) instead"
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{config.model_type} is an encoder-decoder model; only decoder-only models are supported "
+            "(cross-attention caches do not grow, so there is little to compress)"
+        )
+    return config.get_text_config(decoder=True)
+
+
+def inspect_layers(model: Any, config: TurboQuantConfig) -> list[LayerSpec]:
+    """Decide for every layer of ``model`` whether and how it is compressed.
+
+    Raises:
+        UnsupportedModelError: no layer can be compressed; the message says why.
+    """
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    text = text_config(model)
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    dense = DynamicCache(config=text).layers
+    if not dense:
+        raise UnsupportedModelError(f"{text.model_type}: its configuration does not name any cache layers")
+    types = list(getattr(text, "layer_types", None) or [""] * len(dense))
+    per_layer = list(getattr(text, "per_layer_config", None) or [text] * len(dense))
+    rotaries: dict[str, tuple[Rotary | None, str]] = {}
+    specs = []
+    for i, layer in enumerate(dense):
+        c = per_layer[i]
+        heads, dim = _geometry(c)
+        bits = config.bits_of_layer(i, len(dense))
+        window = int(layer.sliding_window) if isinstance(layer, DynamicSlidingWindowLayer) else None
+        reason = ""
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            reason = f"{types[i] or type(layer).__name__}: not a plain attention layer"
+        elif types[i] == "chunked_attention":
+            reason = "chunked attention"
+        elif getattr(c, "kv_lora_rank", None):
+            reason = "multi-head latent attention (MLA): keys and values differ in size and are low-rank already"
+        elif not MIN_HEAD_DIM <= dim <= MAX_HEAD_DIM:
+            reason = f"head_dim {dim} is outside {MIN_HEAD_DIM} to {MAX_HEAD_DIM}"
+        elif bits[0] == EXACT_BITS:
+            reason = "exact by configuration"
+        elif window is not None and window <= config.sink_tokens + config.recent_tokens + 64:
+            reason = f"sliding window of {window} tokens fits in the exact window"
+        rotary: Rotary | None = None
+        note = ""
+        if not reason and config.key_center == "rope_mean":
+            if types[i] not in rotaries:
+                rotaries[types[i]] = find_rotary(decoder, types[i], dim)
+            rotary, note = rotaries[types[i]]
+        specs.append(LayerSpec(layer, reason, heads, dim, bits, window, rotary, note))
+    if all(s.reason for s in specs) and (config.key_bits, config.value_bits) != (EXACT_BITS, EXACT_BITS):
+        reasons = "; ".join(sorted({s.reason for s in specs}))
+        raise UnsupportedModelError(f"{text.model_type}: no layer of this model can be compressed ({reasons})")
+    return specs
+
+
+def _geometry(c: Any) -> tuple[int, int]:
+    """(KV heads, head_dim) of a layer's configuration."""
+    heads = getattr(c, "num_attention_heads", 0) or 0
+    kv = getattr(c, "num_key_value_heads", None) or heads
+    dim = getattr(c, "head_dim", None) or (c.hidden_size // heads if heads else 0)
+    return int(kv), int(dim)
+
+
+# -- rotary embedding -------------------------------------------------------------------------------------------------
+
+
+def find_rotary(decoder: Any, layer_type: str, head_dim: int) -> tuple[Rotary | None, str]:
+    """The rotary embedding of a layer type, read from the model's own modules and checked against the model's own function.
+
+    Returns:
+        (rotary, "") or (None, note) where there is none, or it is not understood. Centring then uses a constant mean.
+    """
+    module = next((m for n, m in decoder.named_modules() if n.split(".")[-1] == "rotary_emb"), None)
+    if module is None:
+        return None, "no rotary embedding: keys are centred by a constant mean"
+    unknown = f"rotary embedding {type(module).__name__} not understood: keys are centred by a constant mean"
+    attention = next((m for m in decoder.modules() if hasattr(m, "layer_idx") and "Attention" in type(m).__name__), None)
+    apply = getattr(sys.modules.get(type(attention).__module__), "apply_rotary_pos_emb", None)
+    try:
+        cos, sin = _cos_sin(module, layer_type, head_dim)
+        rotary = _match(module, layer_type, cos, sin, apply)
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
+        return None, unknown
+    return rotary, "" if rotary is not None else unknown
+
+
+_PROBE = (1, 2, 97)
+
+
+def _cos_sin(module: Any, layer_type: str, head_dim: int) -> tuple[Tensor, Tensor]:
+    """The module's cos and sin at the probe positions, normalized to pure rotations, float64 (probes, width)."""
+    device = next((b.device for b in module.buffers()), torch.device("cpu"))
+    x = torch.zeros(1, len(_PROBE), head_dim, device=device)
+    positions = torch.tensor([_PROBE], device=device)
+    takes_type = "layer_type" in inspect.signature(module.forward).parameters
+    cos, sin = module(x, positions, layer_type) if takes_type else module(x, positions)
+    if cos.dim() != 3:
+        raise ValueError("positions of several axes")
+    c, s = cos[0].double().cpu(), sin[0].double().cpu()
+    amplitude = (c.square() + s.square()).sqrt()
+    return c / amplitude, s / amplitude
+
+
+def _match(
+    module: Any, layer_type: str, cos: Tensor, sin: Tensor, apply: Callable[..., tuple[Tensor, Tensor]] | None
+) -> Rotary | None:
+    """The pairing and frequencies with which :class:`Rotary` does what the model's function does."""
+    width = cos.shape[-1]
+    angle = torch.atan2(sin[0], cos[0])
+    candidates: list[tuple[Pairing, Tensor]] = [
+        ("half", angle[: width // 2]),
+        ("interleaved", angle[0::2]),
+        ("interleaved", angle[: width // 2]),
+    ]
+    if apply is None:
+        candidates = candidates[:1] if torch.equal(angle[: width // 2], angle[width // 2 :]) else []
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 1, len(_PROBE), width, generator=generator)
+    want = x
+    if apply is not None:
+        want = apply(x, x, cos[None].float(), sin[None].float())[1]
+    for pairing, freq in candidates:
+        rotary = Rotary(_sharpen(module, layer_type, freq), pairing)
+        got = rotary.apply(x, *rotary.cos_sin(torch.tensor(_PROBE)))
+        if apply is None or torch.allclose(got, want, atol=1e-3):
+            return rotary
+    return None
+
+
+def _sharpen(module: Any, layer_type: str, freq: Tensor) -> Tensor:
+    """The module's own frequencies where they agree: an arc tangent of float32 loses digits that matter at 100k tokens."""
+    for name in (f"{layer_type}_inv_freq", "inv_freq"):
+        own = getattr(module, name, None)
+        if isinstance(own, Tensor) and own.shape == freq.shape and torch.allclose(own.double().cpu(), freq, rtol=1e-4, atol=1e-7):
+            return own.detach().double().cpu()
+    return freq
+
+
+# -- identity ---------------------------------------------------------------------------------------------------------
+
+
+def fingerprint(model: Any) -> str:
+    """A hex digest that names a model's keys and values: configuration, dtype, and a sample of its weights.
+
+    Names and revisions are not enough: a fine-tuned model may have the same ones. From every parameter of the decoder a few
+    values are read.
+    """
+    text = text_config(model)
+    skip = ("_name_or_path", "transformers_version", "_attn_implementation", "use_cache", "dtype", "torch_dtype")
+    settings = {k: v for k, v in text.to_dict().items() if k not in skip and not k.startswith("_")}
+    h = hashlib.blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=16)
+    for name, p in sorted(model.get_decoder().named_parameters() if hasattr(model, "get_decoder") else model.named_parameters()):
+        flat = p.detach().reshape(-1)
+        index = torch.linspace(0, flat.numel() - 1, min(8, flat.numel()), dtype=torch.float64).long().to(flat.device)
+        h.update(f"{name} {tuple(p.shape)} {p.dtype}".encode())
+        h.update(flat[index].float().cpu().numpy().tobytes())
+    return h.hexdigest()
