@@ -83,6 +83,7 @@ class TurboQuantCache:
         self._stores = list(stores)
         self._device = None if device is None else torch.device(device)
         self._dtype = dtype
+        self._session: object = None  # of the store that saves this cache
 
     @classmethod
     def for_model(
@@ -201,7 +202,7 @@ class TurboQuantCache:
     def bits_per_element(self) -> float:
         """Nominal stored bits per cached number beyond the window: codes and scales, averaged over the layers."""
         bits = [(_nominal(s), s.num_kv_heads * s.head_dim) for s in self._stores if hasattr(s, "num_kv_heads")]
-        return sum(b * w for b, w in bits) / sum(w for _, w in bits)
+        return float(sum(b * w for b, w in bits) / sum(w for _, w in bits))
 
     @property
     def effective_bits(self) -> float:
@@ -237,6 +238,18 @@ class TurboQuantCache:
 
         load_cache(self, path)
         return self
+
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str], device: torch.device | str | None = None) -> TurboQuantCache:
+        """A cache with the shape, configuration and content of a file of :meth:`save`, without its model.
+
+        Raises:
+            CacheFileError: missing or damaged.
+        """
+        from .serialize import cache_from_file
+
+        return cache_from_file(TurboQuantCache, path, device)
 
 
 def resolve_config(config: TurboQuantConfig | str | None) -> TurboQuantConfig:

@@ -85,7 +85,7 @@ class PackedLayer:
     @property
     def batch_size(self) -> int:
         """Number of rows; 0 before the first token."""
-        return 0 if self._tail is None else self._tail.shape[1]
+        return 0 if self._tail is None else int(self._tail.shape[1])
 
     @property
     def packed_tokens(self) -> int:
@@ -113,6 +113,11 @@ class PackedLayer:
     def statistics(self) -> KeyStatistics | None:
         """The frozen statistics, or None before they are measured."""
         return None if self.transform is None else self.transform.statistics
+
+    def preset_statistics(self, statistics: KeyStatistics) -> None:
+        """Use the given statistics now and after every :meth:`reset`."""
+        self.use_statistics(statistics)
+        self._preset_statistics = statistics
 
     def use_statistics(self, statistics: KeyStatistics) -> None:
         """Freeze the given statistics.
@@ -264,6 +269,10 @@ class PackedLayer:
         both = parts[0] if len(parts) == 1 else torch.cat(parts, dim=3)
         return both[0], both[1]
 
+    def holds_exact(self, start: int) -> bool:
+        """Whether all tokens from ``start`` on are still held exactly."""
+        return start >= self._tail_start
+
     def sink_index(self) -> Tensor | None:
         """Token indices of the sinks, (batch, sinks): the first tokens of each row after its padding. None without sinks."""
         if not self.sink_tokens or self._tail is None:
@@ -342,6 +351,24 @@ class PackedLayer:
         self.length = length
         if not length:
             self.reset()
+
+    def restore(
+        self,
+        length: int,
+        first_page: int,
+        packed_pages: int,
+        pages: Tensor | None,
+        tail: Tensor,
+        sinks: Tensor | None,
+        starts: Tensor | None,
+    ) -> None:
+        """Take over stored content (see :mod:`turboquant.cache.state`); frozen statistics stay."""
+        self.length, self.first_page, self.packed_pages = length, first_page, packed_pages
+        self.slabs = PageSlabs()
+        if pages is not None:
+            self.slabs.append(pages)
+        self._pending, self._tail, self._tail_start = None, tail, packed_pages * PAGE_TOKENS
+        self._sinks, self.starts = sinks, starts
 
     def select_rows(self, index: Tensor) -> None:
         """Replace the batch rows by rows ``index`` (beam search, repeat, select)."""

@@ -54,7 +54,7 @@ BASELINES: dict[str, Baseline] = {
 }
 
 
-class _RoundedLayer(DynamicLayer):
+class _RoundedLayer(DynamicLayer):  # type: ignore[misc]
     """A dense layer whose tokens are read in rounded form; with a window, once they have left it."""
 
     def __init__(self, baseline: Baseline) -> None:
@@ -63,24 +63,25 @@ class _RoundedLayer(DynamicLayer):
         default = TurboQuantConfig()
         self.sinks, self.recent = default.sink_tokens, default.recent_tokens
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append; the result is what this call's queries read."""
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Append; returns the (keys, values) that this call's queries read."""
         trip = self.baseline.round_trip
         if not self.baseline.window:
             # Strict, like a paged cache: a token is written before it is read, its own included.
             return super().update(trip(key_states), trip(value_states))
         read = super().update(key_states, value_states)
-        stop = max(0, (self.keys.shape[2] - self.recent) // PAGE_TOKENS * PAGE_TOKENS)
+        stop = max(0, (read[0].shape[2] - self.recent) // PAGE_TOKENS * PAGE_TOKENS)
         start = max(self.rounded, self.sinks)
         if stop > start:
-            self.keys, self.values = self.keys.clone(), self.values.clone()
-            for t in (self.keys, self.values):
+            kept = [t.clone() for t in read]
+            for t in kept:
                 t[:, :, start:stop] = trip(t[:, :, start:stop])
+            self.keys, self.values = kept
             self.rounded = stop
         return read
 
 
-class BaselineCache(DynamicCache):
+class BaselineCache(DynamicCache):  # type: ignore[misc]
     """A dense cache that reads like a baseline's.
 
     Args:
@@ -105,4 +106,4 @@ class BaselineCache(DynamicCache):
         keys = self.layers[0].keys
         length = keys.shape[2]
         exact = length - max(0, self.layers[0].rounded - self.layers[0].sinks) if self.baseline.window else 0
-        return (exact * keys.dtype.itemsize * 8 + (length - exact) * self.bits_per_element) / length
+        return float((exact * keys.dtype.itemsize * 8 + (length - exact) * self.bits_per_element) / length)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,7 +81,7 @@ def _bits(cache: Any) -> tuple[float, float]:
     return width, width
 
 
-def _log_probs(model: Any, ids: Tensor, cache: Any, block: int, skip: int, tick: Callable[[int], None]) -> Iterator[Tensor]:
+def _log_probs(model: Any, ids: Tensor, cache: Any, block: int, skip: int, tick: Callable[[int], None] | None) -> Iterator[Tensor]:
     """Log-probabilities of the next token after each of tokens skip to len - 2, in pieces (n, vocabulary), float32."""
     last = ids.shape[0] - 1
     for start in range(0, last, block):
@@ -88,7 +89,8 @@ def _log_probs(model: Any, ids: Tensor, cache: Any, block: int, skip: int, tick:
         keep = max(0, stop - max(start, skip))
         # logits_to_keep=0 would mean all of them, so a block that is not scored keeps one.
         out = model(ids[None, start:stop], past_key_values=cache, use_cache=True, logits_to_keep=max(keep, 1))
-        tick(stop - start)
+        if tick is not None:
+            tick(stop - start)
         if keep:
             yield torch.log_softmax(out.logits[0, -keep:].float(), dim=-1)
 
@@ -145,7 +147,7 @@ def evaluate(
             with _attention(model, "turboquant" if packed else "sdpa"):
                 cache = _new_cache(model, name, statistics)
                 at = 0
-                tick = (lambda n, name=name: progress(name, n)) if progress else (lambda n: None)
+                tick = partial(progress, name) if progress else None
                 for i, lp in enumerate(_log_probs(model, piece, cache, block, skip, tick)):
                     if name == EXACT:
                         base.append(lp)

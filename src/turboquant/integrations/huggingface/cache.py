@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
 
 from ...cache.cache import TurboQuantCache
 from ...cache.exact import ExactLayer
@@ -17,7 +17,7 @@ from ...codec.center import Statistics
 from ...config import TurboQuantConfig
 from ...errors import CacheFileError, TurboQuantError
 from .attention import NAME, PackedKV, register_attention
-from .model import LayerSpec, fingerprint, inspect_layers, text_config
+from .model import LayerSpec, fingerprint, inspect_layers, layer_devices, text_config
 
 if TYPE_CHECKING:
     from ...offload.store import TurboQuantStore
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _HOOKED = "_turboquant_hooked"
 
 
-class _StoreLayer(CacheLayerMixin):
+class _StoreLayer(CacheLayerMixin):  # type: ignore[misc]
     """A cache layer of transformers over one of our stores."""
 
     is_compileable = False
@@ -122,6 +122,20 @@ class ForeignLayer:
             raise TurboQuantError(f"this layer holds no keys and values ({self.reason})")
         return t["keys"], t["values"]
 
+    def export_state(self) -> dict[str, Tensor] | None:
+        """Keys, values and length of a sliding layer; None for kinds of layers whose state cannot be rebuilt."""
+        if type(self.layer) is not DynamicSlidingWindowLayer:
+            return None
+        state = {n: t.cpu().contiguous() for n, t in self.tensors().items()}
+        return state | {"length": torch.tensor([self.length], dtype=torch.int64)}
+
+    def import_state(self, state: dict[str, Tensor], device: torch.device | None) -> None:
+        """Inverse of :meth:`export_state`."""
+        key, value = state["keys"].to(device), state["values"].to(device)
+        self.layer.lazy_initialization(key, value)
+        self.layer.keys, self.layer.values = key, value
+        self.layer.cumulative_length = int(state["length"][0])
+
     def crop(self, length: int) -> None:
         """Forget all tokens from index ``length`` on."""
         self.layer.crop(min(0, length - self.length))
@@ -147,6 +161,8 @@ class HuggingFaceCache(TurboQuantCache, Cache):  # type: ignore[misc]
         model_fingerprint: str,
         statistics: Statistics | None,
         store: TurboQuantStore | None,
+        devices: list[torch.device],
+        dtype: torch.dtype,
     ) -> None:
         stores: list[PackedLayer | ForeignLayer | ExactLayer] = []
         layers: list[Any] = []
@@ -163,7 +179,8 @@ class HuggingFaceCache(TurboQuantCache, Cache):  # type: ignore[misc]
             last = stores[-1]
             layers.append(last.layer if isinstance(last, ForeignLayer) else _StoreLayer(last, self))
         Cache.__init__(self, layers=layers)
-        self._setup(stores, config)
+        self._setup(stores, config, dtype=dtype)
+        self.devices = devices
         self.specs, self.model_config, self.model_fingerprint = specs, model_config, model_fingerprint
         self.token_ids: list[int] = []
         self.store = store
@@ -203,11 +220,15 @@ class HuggingFaceCache(TurboQuantCache, Cache):  # type: ignore[misc]
         """Forget all tokens, and statistics measured on them."""
         TurboQuantCache.reset(self)
         self.token_ids, self._padding_open = [], True
+        if self.store is not None:
+            self.store.attach(self)
 
     def crop(self, length: int) -> None:
         """See :meth:`TurboQuantCache.crop`."""
         TurboQuantCache.crop(self, length)
         del self.token_ids[self.get_seq_length() :]
+        if self.store is not None:
+            self.store.rewind(self, self.get_seq_length())
 
     # -- called by the hooks on the model's decoder -----------------------------------------------------------------
 
@@ -281,4 +302,5 @@ def cache_for_model(
         decoder.register_forward_pre_hook(_before, with_kwargs=True)
         decoder.register_forward_hook(_after, with_kwargs=True)
         setattr(decoder, _HOOKED, True)
-    return HuggingFaceCache(text, specs, config, name, statistics, store)
+    devices = layer_devices(decoder, len(specs), model.device)
+    return HuggingFaceCache(text, specs, config, name, statistics, store, devices, model.dtype)

@@ -119,6 +119,16 @@ def _geometry(c: Any) -> tuple[int, int]:
     return int(kv), int(dim)
 
 
+def layer_devices(decoder: Any, num_layers: int, default: torch.device) -> list[torch.device]:
+    """The device of every layer's attention (models may be spread over several)."""
+    found = {m.layer_idx: next(m.parameters()).device for m in decoder.modules() if _is_attention(m)}
+    return [found.get(i, default) for i in range(num_layers)]
+
+
+def _is_attention(module: Any) -> bool:
+    return hasattr(module, "layer_idx") and "Attention" in type(module).__name__ and any(True for _ in module.parameters())
+
+
 # -- rotary embedding -------------------------------------------------------------------------------------------------
 
 
@@ -132,7 +142,7 @@ def find_rotary(decoder: Any, layer_type: str, head_dim: int) -> tuple[Rotary | 
     if module is None:
         return None, "no rotary embedding: keys are centred by a constant mean"
     unknown = f"rotary embedding {type(module).__name__} not understood: keys are centred by a constant mean"
-    attention = next((m for m in decoder.modules() if hasattr(m, "layer_idx") and "Attention" in type(m).__name__), None)
+    attention = next((m for m in decoder.modules() if _is_attention(m)), None)
     apply = getattr(sys.modules.get(type(attention).__module__), "apply_rotary_pos_emb", None)
     try:
         cos, sin = _cos_sin(module, layer_type, head_dim)
