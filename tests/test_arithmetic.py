@@ -99,7 +99,6 @@ def test_equals_the_measured_cache_fed_one_by_one() -> None:
         assert cache.nbytes == cache_bytes(shape, config, t + 1), t + 1
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [300, 1000, 4096, 5000])
 def test_equals_the_measured_cache_of_two_layers_fed_one_by_one(tokens: int) -> None:
     config = TurboQuantConfig(n_bits=3)

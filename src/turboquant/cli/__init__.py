@@ -16,6 +16,8 @@ def main() -> None:
     Errors of this package become one line on stderr; with ``TURBOQUANT_DEBUG=1`` they keep their traceback.
     """
     try:
+        import rich  # noqa: F401  (typer starts without it, commands do not)
+
         from .app import app
     except ModuleNotFoundError as e:
         if (e.name or "").split(".")[0] not in _EXTRA:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -12,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import ConfigError
-from .models import load_model, read_text
+from .models import check_output, check_tokens, load_model, read_text, write_json
 
 #: Text is tokenized only as far as needed: this many characters per token are always enough.
 _CHARACTERS_PER_TOKEN = 12
@@ -43,6 +42,9 @@ def evaluate_command(
     names = [p.strip() for p in presets.split(",") if p.strip()]
     content = read_text(text, "--text")
     _check_names(names)
+    check_output(json_out, "--json")
+    if not skip < tokens - 1:
+        raise ConfigError(f"--skip {skip} leaves nothing of --tokens {tokens} to score")
     console = Console()
     with console.status("loading the model"):
         hf_model, tokenizer = load_model(model, device, dtype, "sdpa")
@@ -50,6 +52,7 @@ def evaluate_command(
     from ..evaluate import evaluate
 
     ids = tokenizer(content[: chunks * tokens * _CHARACTERS_PER_TOKEN], return_tensors="pt").input_ids[0]
+    check_tokens(hf_model, ids, f"--text {text}")
     frozen = Statistics.load(statistics) if statistics is not None else None
     total = tokens * chunks * (1 + len([n for n in dict.fromkeys(names) if n != "exact"]))
     with Progress(
@@ -64,7 +67,7 @@ def evaluate_command(
     _print_rows(console, rows, model, text, tokens, chunks)
     if json_out is not None:
         about = _about(hf_model, model, text, tokens, chunks, block, skip)
-        json_out.write_text(json.dumps([{**asdict(r), **about} for r in rows], indent=1) + "\n", encoding="utf-8")
+        write_json(json_out, [{**asdict(r), **about} for r in rows], "--json")
 
 
 def _check_names(names: list[str]) -> None:
@@ -98,8 +101,11 @@ def _about(model: Any, name: str, text: Path, tokens: int, chunks: int, block: i
 
 def _print_rows(console: Any, rows: list[Any], model: str, text: Path, tokens: int, chunks: int) -> None:
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=f"{Path(model).name} on {text.name}: {chunks} chunks of {tokens} tokens, {rows[0].tokens:,} predictions")
+    # Text, because a name may hold square brackets, which rich would read as markup.
+    names = f"{Path(model).name} on {text.name}"
+    table = Table(title=Text(f"{names}: {chunks} chunks of {tokens} tokens, {rows[0].tokens:,} predictions"))
     for name in ("preset", "bits", "effective", "perplexity", "delta", "KL (nats)", "top-1"):
         table.add_column(name, justify="left" if name == "preset" else "right")
     for r in rows:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,15 +11,16 @@ from urllib.parse import unquote, urlsplit
 
 import typer
 
+from ..arithmetic import parse_bytes
 from ..config import PRESETS
-from ..errors import ConfigError
-from .models import load_model, parse_bytes, read_text
+from ..errors import ConfigError, TurboQuantError
+from .models import check_output, check_tokens, load_model, one_line, read_text, write_json
 
 if TYPE_CHECKING:
     from ..offload.store import TurboQuantStore
 
 EXACT = "exact"
-#: Prompts are fed in blocks of this many tokens, the chunks of the store: a restored prompt then continues exactly like a cold one.
+#: Prompts are fed in blocks of this many tokens, the chunks of the store: a restored prompt then continues like a cold one.
 PREFILL_BLOCK = 256
 
 
@@ -48,7 +49,9 @@ def generate(
     prompt: Annotated[str, typer.Option(help="The prompt. With --prompt-file it is put after the file's text.")] = "",
     prompt_file: Annotated[Path | None, typer.Option(help="A UTF-8 text file to read.")] = None,
     preset: Annotated[str, typer.Option(help=f"{', '.join(PRESETS)}, or {EXACT}.")] = "turboquant_3bit",
-    offload: Annotated[str | None, typer.Option(help="Folder (or file: URL) where prefixes are stored and found again.")] = None,
+    offload: Annotated[
+        str | None, typer.Option(help="Folder (or file: URL) where prefixes are stored and found again.")
+    ] = None,
     offload_size: Annotated[str, typer.Option(help="Bound on the folder's size.")] = "10GiB",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
@@ -65,16 +68,17 @@ def generate(
     text = _prompt_text(prompt, prompt_file)
     if preset != EXACT and preset not in PRESETS:
         raise ConfigError(f"--preset {preset} is unknown; choose one of {', '.join(PRESETS)}, {EXACT}")
-    if preset == EXACT and (offload or statistics):
+    check_output(json_out, "--json")
+    if preset == EXACT and (offload is not None or statistics is not None):
         raise ConfigError("--offload and --statistics work with compressed caches; choose a preset other than exact")
-    store = _open_store(offload, offload_size) if offload else None
+    store = _open_store(offload, offload_size) if offload is not None else None
     console = Console()
     with console.status("loading the model"):
         hf_model, tokenizer = load_model(model, device, dtype, "sdpa" if preset == EXACT else "turboquant")
     report = run(hf_model, tokenizer, model, text, preset, store, max_new_tokens, temperature, seed, chat, statistics, console)
     _print_report(console, report)
     if json_out is not None:
-        json_out.write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")
+        write_json(json_out, asdict(report), "--json")
 
 
 def _prompt_text(prompt: str, prompt_file: Path | None) -> str:
@@ -88,20 +92,30 @@ def _prompt_text(prompt: str, prompt_file: Path | None) -> str:
 def _open_store(url: str, size: str) -> TurboQuantStore:
     from ..offload.store import TurboQuantStore
 
-    parts = urlsplit(url)
-    if parts.scheme == "file":
+    if url.lower().startswith("file:"):
+        try:
+            parts = urlsplit(url)
+        except ValueError as e:
+            raise ConfigError(f"--offload {url}: not a URL ({e})") from None
+        if parts.netloc not in ("", "localhost"):
+            raise ConfigError(f"--offload {url}: names another machine, {parts.netloc}; write file:///folder")
         folder = unquote(parts.path)
     elif "://" in url:
-        raise ConfigError(f"--offload {url}: {parts.scheme}: is not supported; give a folder or a file: URL")
+        raise ConfigError(f"--offload {url}: {url.split(':')[0]}: is not supported; give a folder or a file: URL")
     else:
         folder = url
-    return TurboQuantStore(Path(folder).expanduser(), parse_bytes(size, "--offload-size"))
+    if not folder.strip():
+        raise ConfigError(f"--offload {url!r}: give a folder or a file: URL")
+    return TurboQuantStore(os.path.expanduser(folder), parse_bytes(size, "--offload-size"))
 
 
 def _encode(tokenizer: Any, text: str, chat: bool) -> Any:
     if chat and getattr(tokenizer, "chat_template", None):
         messages = [{"role": "user", "content": text}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as e:  # templates are programs of their own
+            raise TurboQuantError(f"the model's chat template fails ({one_line(e)}); try --no-chat") from e
         return tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
     return tokenizer(text, return_tensors="pt").input_ids
 
@@ -128,9 +142,12 @@ def run(
     from ..cache import TurboQuantCache
 
     ids = _encode(tokenizer, text, chat).to(model.device)
+    check_tokens(model, ids, "the prompt")
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if limit and ids.shape[1] + max_new_tokens > limit:
-        raise ConfigError(f"the prompt has {ids.shape[1]} tokens; with --max-new-tokens {max_new_tokens} that is over the model's {limit}")
+        raise ConfigError(
+            f"the prompt has {ids.shape[1]} tokens; with --max-new-tokens {max_new_tokens} that is over the model's {limit}"
+        )
     if preset == EXACT:
         cache: Any = DynamicCache(config=model.config.get_text_config(decoder=True))
     else:
@@ -194,11 +211,12 @@ def run(
 
 
 def _sizes(cache: Any) -> tuple[int, int, float, float]:
-    """(bytes of the same tokens held exactly, bytes held, nominal bits, effective bits)."""
+    """Measure (bytes of the same tokens held exactly, bytes held, nominal bits, effective bits)."""
     if hasattr(cache, "exact_nbytes"):
         return cache.exact_nbytes, cache.nbytes, cache.bits_per_element, cache.effective_bits
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if getattr(layer, "keys", None) is not None)
-    bits = 8.0 * cache.layers[0].keys.dtype.itemsize
+    keyed = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in keyed)
+    bits = 8.0 * keyed[0].keys.dtype.itemsize
     return held, held, bits, bits
 
 

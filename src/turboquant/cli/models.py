@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
 def load_model(name: str, device: str = "auto", dtype: str = "auto", attention: str = "turboquant") -> tuple[Any, Any]:
-    """(model in eval mode, tokenizer).
+    """Load a (model in eval mode, tokenizer).
 
     Args:
         name: hub id, folder with a model of transformers, or a ``.gguf`` file (dequantized on loading).
@@ -35,12 +36,7 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto", attention: 
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        target = torch.device(device)
-    except RuntimeError:
-        raise ConfigError(f"--device {device} is unknown; use cpu, cuda or cuda:N") from None
-    if target.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch finds no CUDA GPU here (see `turboquant doctor`)")
+    target = _device(device)
     if dtype == "auto":
         dtype = "float32" if target.type == "cpu" else "bfloat16"
     logging.set_verbosity_error()
@@ -55,14 +51,32 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto", attention: 
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=getattr(torch, dtype), attn_implementation=attention, **extra
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as e:
-        reason = str(e).strip().split("\n")[0]
-        raise TurboQuantError(f"cannot load the model {name!r}: {reason}") from None
-    return model.to(target).eval(), tokenizer
+        return model.to(target).eval(), tokenizer
+    except Exception as e:  # a damaged or unknown model makes transformers raise nearly anything
+        raise TurboQuantError(f"cannot load the model {name!r}: {one_line(e)}") from e
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"--device {name} is unknown; use cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"--device {name}: torch finds {torch.cuda.device_count()} CUDA GPUs here (see `turboquant doctor`)")
+    if device.type == "meta":
+        raise ConfigError("--device meta holds no data; use cpu, cuda or cuda:N")
+    return device
+
+
+def one_line(error: Exception) -> str:
+    """Put an error in one line, for a message."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 
 def _locate(name: str) -> tuple[str, dict[str, str]]:
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if name.endswith(".gguf"):
         if not path.is_file():
             raise ConfigError(f"{name}: there is no such GGUF file")
@@ -79,13 +93,13 @@ def _locate(name: str) -> tuple[str, dict[str, str]]:
 
 
 def read_text(path: Path, option: str) -> str:
-    """The text of a UTF-8 file.
+    """Read a UTF-8 file.
 
     Raises:
         ConfigError: missing, unreadable or empty.
     """
     try:
-        text = path.expanduser().read_text(encoding="utf-8")
+        text = Path(os.path.expanduser(path)).read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise ConfigError(f"{option} {path}: not a UTF-8 text file") from None
     except OSError as e:
@@ -95,21 +109,40 @@ def read_text(path: Path, option: str) -> str:
     return text
 
 
-def parse_bytes(text: str, option: str) -> int:
-    """Bytes of ``80GiB``, ``24GB``, ``512MiB`` or a plain number.
+def check_tokens(model: Any, ids: Any, what: str) -> None:
+    """Look whether token ids can be fed.
 
     Raises:
-        ConfigError: not understood.
+        ConfigError: there are none, or the model does not know them.
     """
-    units = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
-    units |= {f"{p}ib": 1 << 10 * (i + 1) for i, p in enumerate("kmgt")}
-    units |= {f"{p}b": 1000 ** (i + 1) for i, p in enumerate("kmgt")}
-    clean = text.strip().lower().replace(" ", "").replace("_", "")
-    digits = clean.rstrip("abcdefghijklmnopqrstuvwxyz")
+    if not ids.numel():
+        raise ConfigError(f"the model's tokenizer makes no tokens of {what}")
+    words = model.get_input_embeddings().weight.shape[0]
+    if int(ids.max()) >= words:
+        raise ConfigError(f"the tokenizer does not fit the model: token id {int(ids.max())}, but only {words} embeddings")
+
+
+def check_output(path: Path | None, option: str) -> None:
+    """Look before a long run whether its report can be written.
+
+    Raises:
+        ConfigError: the folder is missing or not writable, or the path is a folder.
+    """
+    if path is None:
+        return
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"{option} {path}: there is no folder {path.parent}")
+    if path.is_dir() or not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise ConfigError(f"{option} {path}: cannot be written")
+
+
+def write_json(path: Path, data: object, option: str) -> None:
+    """Write a report.
+
+    Raises:
+        TurboQuantError: the disk does not take it.
+    """
     try:
-        value = float(digits) * units[clean[len(digits) :]]
-        if not 0 < value < 1 << 60:
-            raise ValueError
-    except (KeyError, ValueError):
-        raise ConfigError(f"{option} {text!r} is not a size; write for example 80GiB, 24GB or 512MiB") from None
-    return int(value)
+        path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    except OSError as e:
+        raise TurboQuantError(f"{option} {path}: {e.strerror or e}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -140,12 +141,10 @@ def _from_json(raw: dict[str, Any], path: Path) -> ModelFacts:
     _reject(raw)
     _reject(c)
     model_type = str(c.get("model_type", ""))
-    known = model_type in _KNOWN and not any(_get(c, name) for name in _UNEVEN)
-    try:
-        if known:
+    if model_type in _KNOWN and not any(_get(c, name) for name in _UNEVEN):
+        # Where a field is left to its default, transformers knows it.
+        with contextlib.suppress(ConfigError):
             return _facts(c, _layers(c), notes)
-    except ConfigError:
-        known = False  # a field is left to its default, which transformers knows
     try:
         return _through_transformers(str(path), notes=notes)
     except ConfigError as e:

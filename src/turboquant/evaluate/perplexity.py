@@ -77,12 +77,14 @@ def _new_cache(model: Any, name: str, statistics: Statistics | None) -> Any:
 def _bits(cache: Any) -> tuple[float, float]:
     if hasattr(cache, "bits_per_element"):
         return float(cache.bits_per_element), float(cache.effective_bits)
-    width = 8.0 * cache.layers[0].keys.dtype.itemsize
+    width = 8.0 * next(layer.keys.dtype.itemsize for layer in cache.layers if getattr(layer, "keys", None) is not None)
     return width, width
 
 
-def _log_probs(model: Any, ids: Tensor, cache: Any, block: int, skip: int, tick: Callable[[int], None] | None) -> Iterator[Tensor]:
-    """Log-probabilities of the next token after each of tokens skip to len - 2, in pieces (n, vocabulary), float32."""
+def _log_probs(
+    model: Any, ids: Tensor, cache: Any, block: int, skip: int, tick: Callable[[int], None] | None
+) -> Iterator[Tensor]:
+    """Yield log-probabilities of the next token after each of tokens skip to len - 2, in pieces (n, vocabulary), float32."""
     last = ids.shape[0] - 1
     for start in range(0, last, block):
         stop = min(start + block, last)
@@ -121,11 +123,14 @@ def evaluate(
         progress: called with (row name, tokens done).
 
     Raises:
-        ConfigError: unknown names, or the text is too short.
+        ConfigError: unknown names, a number that cannot work, or the text is too short.
+        UnsupportedModelError: no layer of the model can be compressed.
     """
     unknown = [p for p in presets if p not in known_rows()]
     if unknown:
         raise ConfigError(f"unknown presets {', '.join(unknown)}; choose from {', '.join(known_rows())}")
+    if chunks < 1 or block < 1:
+        raise ConfigError(f"chunks={chunks} and block={block} must be at least 1")
     if not 0 <= skip < chunk_tokens - 1:
         raise ConfigError(f"skip={skip} leaves nothing of {chunk_tokens} tokens to score")
     if ids.shape[0] < chunks * chunk_tokens:

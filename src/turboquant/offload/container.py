@@ -1,8 +1,8 @@
-"""The file format of everything stored: a 128-byte header, then the payload.
+r"""The file format of everything stored: a 128-byte header, then the payload.
 
 Little-endian, fixed offsets, so that any language can read it and a payload can be mapped into memory:
 
-    0   magic            8 bytes  b"TQCACHE\\0"
+    0   magic            8 bytes  b"TQCACHE\0"
     8   header version   u16      1
     10  kind             u16      see Kind
     12  layout version   u16      of the pages (codec/layout.py)
@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import struct
 import uuid
 import zlib
@@ -51,7 +52,7 @@ class Kind(IntEnum):
     SNAPSHOT = 3  # a whole cache, safetensors
 
 
-class Damaged(Exception):
+class Damaged(Exception):  # noqa: N818  (a reason to miss, not an error of a user)
     """A container cannot be used; ``reason`` is a short word for counters."""
 
     def __init__(self, reason: str) -> None:
@@ -125,31 +126,36 @@ def write(path: Path, kind: Kind, tokens: int, namespace: bytes, key: bytes, pay
 
 
 def read(path: Path, kind: Kind, namespace: bytes | None, key: bytes | None) -> tuple[Header, memoryview]:
-    """Read and verify a container.
+    """Read and verify a container. The header and the size are checked before the payload is read.
 
     Args:
         path: the file.
         kind: what it must hold.
-        namespace, key: what the header must say; None accepts any.
+        namespace: what the header must say; None accepts any.
+        key: what the header must say; None accepts any.
 
     Raises:
         Damaged: with the reason ``missing``, ``unreadable``, ``truncated``, ``magic``, ``header``, ``version``, ``kind``,
             ``namespace``, ``key`` or ``payload``.
     """
     try:
-        raw = path.read_bytes()
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise Damaged("unreadable")
+        with open(path, "rb") as f:
+            header = decode_header(f.read(HEADER_BYTES))
+            if header.kind != kind:
+                raise Damaged("kind")
+            if namespace is not None and header.namespace != namespace:
+                raise Damaged("namespace")
+            if key is not None and header.key != key:
+                raise Damaged("key")
+            if os.fstat(f.fileno()).st_size != HEADER_BYTES + header.payload_bytes:
+                raise Damaged("truncated")
+            payload = memoryview(f.read(header.payload_bytes))
     except FileNotFoundError:
         raise Damaged("missing") from None
-    except OSError:
+    except (OSError, MemoryError):
         raise Damaged("unreadable") from None
-    header = decode_header(raw[:HEADER_BYTES])
-    if header.kind != kind:
-        raise Damaged("kind")
-    if namespace is not None and header.namespace != namespace:
-        raise Damaged("namespace")
-    if key is not None and header.key != key:
-        raise Damaged("key")
-    payload = memoryview(raw)[HEADER_BYTES:]
     if payload.nbytes != header.payload_bytes:
         raise Damaged("truncated")
     if zlib.crc32(payload) != header.payload_crc:

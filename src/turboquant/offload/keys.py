@@ -13,28 +13,40 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..codec.layout import CODEBOOK_ID, LAYOUT_VERSION
+from ..errors import ConfigError
 
 CHUNK_TOKENS = 256
 _DIGEST = 32
 
 
 def namespace(**fields: str | int) -> bytes:
-    """A 32-byte digest of named fields; the layout and codebook of pages are always among them."""
+    """Digest named fields to 32 bytes; the layout and codebook of pages are always among them."""
     h = hashlib.blake2b(digest_size=_DIGEST, person=b"tq-namespace")
     all_fields = {**fields, "layout": LAYOUT_VERSION, "codebook": CODEBOOK_ID, "chunk": CHUNK_TOKENS}
     for name, value in sorted(all_fields.items()):
-        for part in (name.encode(), str(value).encode()):
+        for part in (name.encode(), str(value).encode(errors="surrogatepass")):
             h.update(len(part).to_bytes(8, "little"))
             h.update(part)
     return h.digest()
 
 
 def chunk_keys(root: bytes, tokens: Sequence[int]) -> list[bytes]:
-    """The key of every full chunk of ``tokens``: key i covers tokens 0 to ``(i + 1) * CHUNK_TOKENS``."""
+    """Name every full chunk of ``tokens``: key i covers tokens 0 to ``(i + 1) * CHUNK_TOKENS``.
+
+    Raises:
+        ConfigError: a token id is outside 0 to 2**32 - 1.
+    """
+    try:
+        ids = np.asarray(tokens, dtype=np.int64)
+    except OverflowError:
+        ids = np.asarray([-1])
+    if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < 1 << 32:
+        raise ConfigError("token ids must be from 0 to 2**32 - 1")
+    data = ids.astype("<u4").tobytes()
     keys: list[bytes] = []
     parent = root
-    for start in range(0, len(tokens) - CHUNK_TOKENS + 1, CHUNK_TOKENS):
-        data = np.asarray(tokens[start : start + CHUNK_TOKENS], dtype="<u4").tobytes()
-        parent = hashlib.blake2b(parent + data, digest_size=_DIGEST, person=b"tq-chunk").digest()
+    for i in range(len(tokens) // CHUNK_TOKENS):
+        chunk = data[4 * CHUNK_TOKENS * i : 4 * CHUNK_TOKENS * (i + 1)]
+        parent = hashlib.blake2b(parent + chunk, digest_size=_DIGEST, person=b"tq-chunk").digest()
         keys.append(parent)
     return keys

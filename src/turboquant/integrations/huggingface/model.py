@@ -114,7 +114,9 @@ def inspect_layers(model: Any, config: TurboQuantConfig) -> list[LayerSpec]:
 def _geometry(c: Any) -> tuple[int, int]:
     """(KV heads, head_dim) of a layer's configuration."""
     heads = getattr(c, "num_attention_heads", 0) or 0
-    kv = getattr(c, "num_key_value_heads", None) or heads
+    kv = getattr(c, "num_key_value_heads", None) or getattr(c, "num_kv_heads", None) or heads
+    if getattr(c, "multi_query", False) and not getattr(c, "new_decoder_architecture", False):
+        kv = 1  # Falcon, GPT-BigCode
     dim = getattr(c, "head_dim", None) or (c.hidden_size // heads if heads else 0)
     return int(kv), int(dim)
 
@@ -175,24 +177,31 @@ def _match(
     """The pairing and frequencies with which :class:`Rotary` does what the model's function does."""
     width = cos.shape[-1]
     angle = torch.atan2(sin[0], cos[0])
+    # Most models repeat every angle for both channels of a pair; some (gpt-oss) give one column per pair.
     candidates: list[tuple[Pairing, Tensor]] = [
         ("half", angle[: width // 2]),
         ("interleaved", angle[0::2]),
         ("interleaved", angle[: width // 2]),
+        ("half", angle),
     ]
     if apply is None:
         candidates = candidates[:1] if torch.equal(angle[: width // 2], angle[width // 2 :]) else []
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 1, len(_PROBE), width, generator=generator)
-    want = x
-    if apply is not None:
-        want = apply(x, x, cos[None].float(), sin[None].float())[1]
     for pairing, freq in candidates:
         rotary = Rotary(_sharpen(module, layer_type, freq), pairing)
+        x = torch.randn(1, 1, len(_PROBE), rotary.rotary_dim, generator=generator)
         got = rotary.apply(x, *rotary.cos_sin(torch.tensor(_PROBE)))
-        if apply is None or torch.allclose(got, want, atol=1e-3):
+        if apply is None or _agrees(apply, x, cos, sin, got):
             return rotary
     return None
+
+
+def _agrees(apply: Callable[..., tuple[Tensor, Tensor]], x: Tensor, cos: Tensor, sin: Tensor, got: Tensor) -> bool:
+    try:
+        want = apply(x, x, cos[None].float(), sin[None].float())[1]
+    except (RuntimeError, TypeError):  # this width does not fit the model's function
+        return False
+    return want.shape == got.shape and torch.allclose(got, want, atol=1e-3)
 
 
 def _sharpen(module: Any, layer_type: str, freq: Tensor) -> Tensor:
