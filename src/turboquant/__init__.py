@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from .config import PRESETS, TurboQuantConfig
@@ -22,10 +21,7 @@ if TYPE_CHECKING:
     from .codec.rotary import Rotary
     from .offload.store import TurboQuantStore
 
-try:
-    __version__ = version("turboquant-cache")
-except PackageNotFoundError:  # a source tree on the path
-    __version__ = "0+unknown"
+__version__ = "0.1.0.dev0"
 
 # Names that need torch are loaded on first use, so that `turboquant --help` and `turboquant plan` start at once.
 _LAZY = {

@@ -34,7 +34,8 @@ PRESETS: dict[str, tuple[int, int]] = {
 
 
 def _choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
-    if value not in allowed or isinstance(value, bool) != isinstance(allowed[0], bool):
+    # 3.0 equals 3 and True equals 1, but they are not what was meant and would change the digest.
+    if value not in allowed or type(value) is not type(allowed[0]):
         raise ConfigError(f"{name}={value!r} is not supported; choose one of {', '.join(map(repr, allowed))}")
 
 
@@ -100,15 +101,21 @@ class TurboQuantConfig:
         _count("recent_tokens", self.recent_tokens, 0, 65536)
         _count("statistics_tokens", self.statistics_tokens, 1, MAX_STATISTICS_TOKENS)
         _count("seed", self.seed, 0, 2**48)
-        if not isinstance(self.key_balance, (int, float)) or not 0 <= self.key_balance <= 1:
+        if isinstance(self.key_balance, bool) or not isinstance(self.key_balance, (int, float)) or not 0 <= self.key_balance <= 1:
             raise ConfigError(f"key_balance={self.key_balance!r} must be a number from 0 (off) to 1")
         if not isinstance(self.layers, Mapping):
             raise ConfigError(f"layers={self.layers!r} must map layer indices to bits, (key, value) bits or 'exact'")
+        own: dict[int, LayerBits] = {}
         for index, override in self.layers.items():
-            if not isinstance(index, int):
+            if not isinstance(index, int) or isinstance(index, bool):
                 raise ConfigError(f"layers: the index {index!r} must be an integer")
-            self._pair(override, f"layers[{index}]")
+            own[index] = self._pair(override, f"layers[{index}]")
+        # A copy in one form: later changes to the caller's mapping do not reach the configuration.
+        object.__setattr__(self, "layers", own)
         self._check_pair(cast(int, self.key_bits), cast(int, self.value_bits), "key_bits and value_bits")
+
+    def __hash__(self) -> int:
+        return hash(self.digest())
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> TurboQuantConfig:
@@ -120,7 +127,9 @@ class TurboQuantConfig:
         if name not in PRESETS:
             raise ConfigError(f"preset {name!r} is unknown; choose one of {', '.join(PRESETS)}")
         key, value = PRESETS[name]
-        fields = {"n_bits": key, "key_bits": key, "value_bits": value, **changes}
+        # Other bits may be asked for by n_bits alone; they then replace both of the preset's.
+        bits = {} if "n_bits" in changes else {"n_bits": key, "key_bits": key, "value_bits": value}
+        fields = {**bits, **changes}
         unknown = set(fields) - {f.name for f in dataclasses.fields(cls)}
         if unknown:
             raise ConfigError(f"unknown setting {', '.join(sorted(unknown))}; see TurboQuantConfig")

@@ -256,7 +256,6 @@ def test_queries_are_counted_until_statistics_are_frozen(at: int) -> None:
     assert torch.equal(layer.statistics.balance, balance)
 
 
-@pytest.mark.xfail(strict=True, reason="a layer's state does not hold the query squares seen so far, so the balance differs")
 def test_a_restored_layer_measures_the_same_balance() -> None:
     (key, value), query = tokens(400), randn(1, 2 * HEADS, 400, DIM) * torch.linspace(0.1, 10, DIM)
     layer, restored = packed(frozen=False), packed(frozen=False)
@@ -487,10 +486,9 @@ CROPS = [
     pytest.param(3, id="within-the-sinks"),
 ]
 BORDERS = [pytest.param(512, id="end-of-pages"), pytest.param(448, id="page-border"), pytest.param(64, id="first-border")]
-_EMPTY_TAIL = pytest.mark.xfail(strict=True, raises=ValueError, reason="PackedLayer.exact fails where no exact token is left")
 
 
-@pytest.mark.parametrize("length", [*CROPS, *(pytest.param(*p.values, id=p.id, marks=_EMPTY_TAIL) for p in BORDERS)])
+@pytest.mark.parametrize("length", [*CROPS, *BORDERS])
 def test_crop_keeps_stored_values(length: int) -> None:
     key, value = tokens(LENGTH, batch=2)
     layer = feed(packed(), key, value)
@@ -648,7 +646,6 @@ def test_exact_layer_does_not_alias_its_input() -> None:
     assert torch.equal(layer.get()[0], key)
 
 
-@pytest.mark.xfail(strict=True, reason="ExactLayer does not compare the dtypes of key and value, nor limits them")
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float16), (torch.float64, torch.float64)], ids=["mixed", "float64"])
 def test_exact_layer_refuses_the_dtypes_that_packed_layers_refuse(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     key, value = tokens(10)
@@ -656,7 +653,6 @@ def test_exact_layer_refuses_the_dtypes_that_packed_layers_refuse(dtypes: tuple[
         ExactLayer(HEADS, DIM).append(key.to(dtypes[0]), value.to(dtypes[1]))
 
 
-@pytest.mark.xfail(strict=True, reason="ExactLayer.crop(0) keeps the batch; PackedLayer.crop(0) resets")
 def test_exact_layer_cropped_to_nothing_is_empty() -> None:
     layer = ExactLayer(HEADS, DIM)
     layer.append(*tokens(10))

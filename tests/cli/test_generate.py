@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -137,22 +136,6 @@ def test_the_second_run_restores_and_answers_the_same(command: Run, model: str, 
     assert runs[2][0]["store"]["hits"] == 1
     assert "512 restored from the store" in runs[2][1]
     assert sum(p.stat().st_size for p in store.rglob("*") if p.is_file()) <= 1 << 20
-
-
-def test_another_process_restores(command: Run, model: str, tmp_path: Path) -> None:
-    arguments = [model, "--prompt", text(5, 300), "--offload", str(tmp_path / "store"), "--max-new-tokens", "6", "--json"]
-    assert command(*arguments, tmp_path / "0.json")[0] == 0
-    script = "from turboquant.cli import main; main()"
-    result = subprocess.run(
-        [sys.executable, "-c", script, "generate", *arguments, str(tmp_path / "1.json")],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert (result.returncode, result.stderr) == (0, "")
-    first, second = (json.loads((tmp_path / f"{i}.json").read_text(encoding="utf-8")) for i in range(2))
-    assert (first["restored_tokens"], second["restored_tokens"]) == (0, 256)
-    assert first["token_ids"] == second["token_ids"]
 
 
 def test_exact_and_close(command: Run, model: str, tmp_path: Path) -> None:

@@ -38,6 +38,8 @@ def attend(
     Raises:
         ShapeError: the query does not fit the layer.
     """
+    if query.dim() != 4:
+        raise ShapeError(f"query of shape {tuple(query.shape)} must be (batch, query heads, tokens, head_dim)")
     b, hq, t, d = query.shape
     if b != layer.batch_size or d != layer.head_dim or hq % layer.num_kv_heads or t > layer.length:
         raise ShapeError(

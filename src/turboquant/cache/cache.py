@@ -162,6 +162,7 @@ class TurboQuantCache:
 
         (Like ``transformers``, where ``crop(-n)`` takes back n speculative tokens.)
         """
+        length = int(length)  # some versions of transformers pass a tensor
         seen = max((s.length for s in self._stores), default=0)
         target = seen if length == 0 else length if length > 0 else max(0, seen + length)
         for s in self._stores:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import ShapeError, TurboQuantError
+from ..errors import TurboQuantError
+from .checks import check_tokens
 
 
 class ExactLayer:
@@ -39,21 +40,12 @@ class ExactLayer:
         """Add tokens, (batch, heads, tokens, head_dim) each.
 
         Raises:
-            ShapeError: another number of heads, head_dim or batch than the cache holds.
+            ShapeError: another shape, dtype or device than the cache holds.
         """
-        if key.shape != value.shape or key.dim() != 4 or (key.shape[1], key.shape[3]) != (self.num_kv_heads, self.head_dim):
-            raise ShapeError(
-                f"key {tuple(key.shape)} and value {tuple(value.shape)} must both be "
-                f"(batch, {self.num_kv_heads} heads, tokens, head_dim {self.head_dim})"
-            )
+        check_tokens(key, value, self.num_kv_heads, self.head_dim, self.key)
         if self.key is None or self.value is None:
             self.key, self.value = key.clone(), value.clone()
             return
-        if key.shape[0] != self.batch_size or key.dtype != self.key.dtype:
-            raise ShapeError(
-                f"batch {key.shape[0]}, {key.dtype} does not match the cached batch {self.batch_size}, {self.key.dtype}; "
-                "call reset() to start anew"
-            )
         self.key, self.value = torch.cat((self.key, key), dim=2), torch.cat((self.value, value), dim=2)
 
     def commit(self) -> None:
@@ -71,7 +63,9 @@ class ExactLayer:
 
     def crop(self, length: int) -> None:
         """Forget all tokens from index ``length`` on."""
-        if self.key is not None and self.value is not None and length < self.length:
+        if not length:
+            self.reset()
+        elif self.key is not None and self.value is not None and length < self.length:
             self.key, self.value = self.key[:, :, :length].clone(), self.value[:, :, :length].clone()
 
     def select_rows(self, index: Tensor) -> None:

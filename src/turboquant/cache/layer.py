@@ -20,6 +20,7 @@ from ..codec.page import PageCodec
 from ..codec.rotary import Rotary
 from ..config import MAX_STATISTICS_TOKENS, TurboQuantConfig
 from ..errors import ShapeError, TurboQuantError
+from .checks import check_tokens
 from .slab import PageSlabs
 
 #: Pages coded or decoded at once; bounds the float32 copies (1,024 tokens).
@@ -105,9 +106,9 @@ class PackedLayer:
     @property
     def nbytes(self) -> int:
         """Bytes of all storage really held: pages, exact tail, sinks, statistics, and a call in progress."""
-        held = [t for t in (self._tail, self._sinks, *(self._pending or ())) if t is not None]
+        held = [t for t in (self._tail, self._sinks, self.starts, *(self._pending or ())) if t is not None]
         stats = self.transform.statistics if self.transform is not None else None
-        return self.slabs.nbytes + sum(t.nbytes for t in held) + (stats.nbytes if stats is not None else 0)
+        return self.slabs.nbytes + sum(int(t.nbytes) for t in held) + (stats.nbytes if stats is not None else 0)
 
     @property
     def statistics(self) -> KeyStatistics | None:
@@ -145,24 +146,9 @@ class PackedLayer:
         """
         self.commit()
         want = (self.num_kv_heads, self.head_dim)
-        for name, t in (("key", key), ("value", value)):
-            if t.dim() != 4 or (t.shape[1], t.shape[3]) != want:
-                raise ShapeError(
-                    f"{name} of shape {tuple(t.shape)} does not fit: expected (batch, {want[0]} heads, tokens, head_dim {want[1]})"
-                )
-        if key.shape != value.shape or key.dtype != value.dtype or key.device != value.device:
-            raise ShapeError(
-                f"key {tuple(key.shape)} {key.dtype} {key.device} and value {tuple(value.shape)} {value.dtype} {value.device} must agree"
-            )
-        if key.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise ShapeError(f"keys and values must be float32, float16 or bfloat16, not {key.dtype}")
+        check_tokens(key, value, *want, None if self._tail is None else self._tail[0])
         if self._tail is None:
-            self._tail = key.new_empty(2, key.shape[0], *want[:1], 0, want[1])
-        elif (key.shape[0], key.dtype, key.device) != (self.batch_size, self.dtype, self._tail.device):
-            raise ShapeError(
-                f"batch {key.shape[0]}, {key.dtype} on {key.device} does not match the cached batch {self.batch_size}, "
-                f"{self.dtype} on {self._tail.device}; call reset() to start anew"
-            )
+            self._tail = key.new_empty(2, key.shape[0], want[0], 0, want[1])
         self._pending = (key, value)
         self.length += key.shape[2]
 
@@ -178,7 +164,11 @@ class PackedLayer:
             return
         pages = max(0, (self.length - self.config.recent_tokens) // PAGE_TOKENS)
         if pages > self.packed_pages and self._ready():
-            self._pack(pages)
+            if (first := min(self._first_needed(), pages)) > self.packed_pages:
+                # A long prompt of a sliding layer: what no later query sees is not packed at all.
+                self.slabs, self.first_page, self.packed_pages = PageSlabs(), first, first
+            if pages > self.packed_pages:
+                self._pack(pages)
         keep = self.packed_tokens
         if self.retain_multiple:
             boundary = self.length // self.retain_multiple * self.retain_multiple
@@ -242,11 +232,14 @@ class PackedLayer:
             self._tail, self._tail_start = tail, keep
         self._pending = None
 
-    def _drop_old(self) -> None:
+    def _first_needed(self) -> int:
+        """First page that later queries may see (with some slack for tokens that are taken back)."""
         if self.sliding_window is None:
-            return
-        first = max(0, self.length - self.sliding_window + 1 - _SLIDING_SLACK) // PAGE_TOKENS
-        first = min(first, self.packed_pages)
+            return 0
+        return max(0, self.length - self.sliding_window + 1 - _SLIDING_SLACK) // PAGE_TOKENS
+
+    def _drop_old(self) -> None:
+        first = min(self._first_needed(), self.packed_pages)
         if first > self.first_page:
             self.slabs.keep(first - self.first_page, self.packed_pages - self.first_page)
             self.first_page = first
@@ -266,6 +259,8 @@ class PackedLayer:
             if not parts:
                 return self._pending[0][:, :, a:b], self._pending[1][:, :, a:b]
             parts.append(torch.stack([t[:, :, a:b] for t in self._pending]))
+        if not parts:
+            parts.append(self._tail[:, :, :, :0])
         both = parts[0] if len(parts) == 1 else torch.cat(parts, dim=3)
         return both[0], both[1]
 
@@ -332,7 +327,11 @@ class PackedLayer:
             TurboQuantError: the layer slides and no longer holds the tokens that its window would need.
         """
         self.commit()
+        length = int(length)
         if length >= self.length or self._tail is None:
+            return
+        if not length:
+            self.reset()
             return
         if self.sliding_window is not None and self.first_page * PAGE_TOKENS > max(0, length - self.sliding_window + 1):
             raise TurboQuantError(
@@ -349,8 +348,6 @@ class PackedLayer:
             self.slabs.keep(0, page - self.first_page)
             self.packed_pages = page
         self.length = length
-        if not length:
-            self.reset()
 
     def restore(
         self,

@@ -105,7 +105,26 @@ def load_cache(cache: TurboQuantCache, path: str | os.PathLike[str]) -> None:
         raise CacheFileError(f"{path}: saved from {settings['shape']} (layers, heads, head_dim), this cache has {shape}")
     if settings["model"] and cache.model_fingerprint and settings["model"] != cache.model_fingerprint:
         raise CacheFileError(f"{path}: saved from another model (its weights or configuration differ)")
-    _fill(cache, settings, tensors)
+    for i, store in enumerate(cache._stores):
+        if isinstance(store, PackedLayer) and not _same_rotary(store.rotary, tensors.get(f"{i}/inv_freq"), settings, i):
+            raise CacheFileError(f"{path}: layer {i} was saved with another rotary embedding than this cache's")
+    dtype = next((t.dtype for n, t in tensors.items() if n.endswith(("/tail", "/exact"))), None)
+    if None not in (dtype, cache._dtype) and dtype != cache._dtype:
+        raise CacheFileError(f"{path}: holds {dtype}, this cache is for {cache._dtype}")
+    # Imports replace attributes and never write into old tensors, so the old content can be put back.
+    before = [dict(vars(s)) for s in cache._stores]
+    try:
+        _fill(cache, settings, tensors)
+    except CacheFileError as e:
+        for store, attributes in zip(cache._stores, before, strict=True):
+            vars(store).update(attributes)
+        raise CacheFileError(f"{path}: {e}") from None
+
+
+def _same_rotary(rotary: Rotary | None, inv_freq: Tensor | None, settings: dict[str, Any], layer: int) -> bool:
+    if rotary is None or inv_freq is None:
+        return rotary is None and inv_freq is None
+    return bool(rotary.pairing == settings["rotaries"].get(str(layer)) and torch.equal(rotary.inv_freq.cpu(), inv_freq))
 
 
 def _fill(cache: TurboQuantCache, settings: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -114,14 +133,12 @@ def _fill(cache: TurboQuantCache, settings: dict[str, Any], tensors: dict[str, T
         {n[len(prefix) :]: t for n, t in tensors.items() if n.startswith(prefix)}, settings["key_center"], settings["model"]
     )
     devices = getattr(cache, "devices", None) or [cache._device] * cache.num_layers
-    cache.reset()
     for i, store in enumerate(cache._stores):
-        if isinstance(store, PackedLayer):
-            if i in stats.layers:
-                store.preset_statistics(stats.layers[i])
         state = {n.split("/", 1)[1]: t for n, t in tensors.items() if n.startswith(f"{i}/") and not n.endswith("/inv_freq")}
         if state:
-            import_state(store, state, [], devices[i])
+            import_state(store, state, [], devices[i], stats.layers.get(i))
+        else:
+            store.reset()
     if hasattr(cache, "token_ids"):
         cache.token_ids = list(settings["token_ids"])
 

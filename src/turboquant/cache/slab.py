@@ -50,7 +50,7 @@ class PageSlabs:
             base += slab.shape[2]
 
     def read(self, start: int, stop: int) -> Tensor:
-        """A copy of pages ``start`` to ``stop`` as one tensor."""
+        """A copy of pages ``start`` to ``stop`` (at least one) as one tensor."""
         return torch.cat([view for _, view in self.blocks(1 << 30, start, stop)], dim=2)
 
     def keep(self, start: int, stop: int) -> None:

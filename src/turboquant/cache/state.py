@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..codec.center import KeyStatistics
 from ..codec.layout import PAGE_TOKENS
 from ..errors import CacheFileError
 from .exact import ExactLayer
@@ -64,6 +65,9 @@ def _packed_state(layer: PackedLayer, length: int, skip_pages: int) -> State | N
         state["pages"] = layer.slabs.read(first - layer.first_page, pages - layer.first_page).cpu().contiguous()
     if (sinks := layer.sinks()) is not None:
         state["sinks"] = torch.stack(sinks[:2]).cpu().contiguous()
+    if layer.transform is None and layer.queries.total is not None:
+        state["queries"] = layer.queries.total.cpu().clone()
+        state["query_count"] = torch.tensor([layer.queries.count], dtype=torch.float64)
     if layer.starts is not None:
         state["starts"] = layer.starts.cpu().clone()
     return state
@@ -77,8 +81,10 @@ def export_chunk(store: PackedLayer | ExactLayer, start: int, stop: int) -> Tens
     return torch.stack([t[:, :, start:stop] for t in store.get()]).cpu().contiguous()
 
 
-def import_state(store: Any, state: State, chunks: list[Tensor], device: torch.device | None) -> None:
-    """Replace the content of ``store`` by ``state``, preceded by ``chunks`` (in order).
+def import_state(
+    store: Any, state: State, chunks: list[Tensor], device: torch.device | None, statistics: KeyStatistics | None = None
+) -> None:
+    """Replace the content of ``store`` by ``state``, preceded by ``chunks`` (in order), with ``statistics`` if given.
 
     Raises:
         CacheFileError: the tensors do not fit the layer.
@@ -86,6 +92,8 @@ def import_state(store: Any, state: State, chunks: list[Tensor], device: torch.d
     store.reset()
     try:
         if isinstance(store, PackedLayer):
+            if statistics is not None:
+                store.use_statistics(statistics)
             _import_packed(store, state, chunks, device)
         elif isinstance(store, ExactLayer):
             both = torch.cat([*chunks, state["exact"]], dim=3).to(device)
@@ -114,6 +122,9 @@ def _import_packed(layer: PackedLayer, state: State, chunks: list[Tensor], devic
         raise ValueError("shapes disagree")
     if packed and layer.transform is None:
         raise ValueError("packed pages without their key statistics")
+    if "queries" in state:
+        layer.queries.total = state["queries"].to(device)
+        layer.queries.count = float(state["query_count"][0])
     layer.restore(
         length,
         first_page,

@@ -21,7 +21,7 @@ A plane starts with the rows of all 64 tokens. Head dims that are no multiple of
 
     16 dims left over (80, 112, ...): A has its word in the row; B and C follow the rows with one word per *pair* of tokens, in
         which the odd token uses i + 2 (B) or s + 4 (C).
-    fewer left over (100, 72, ...): after that, for each dim and bit, 64 bits: bit t is token t.
+    fewer left over (100, 72, ...): after that, for each bit of the plane (low first) and each such dim, 64 bits: bit t is token t.
 
 K and V use the same arrangement. Scales multiply :func:`stored_levels`, the *byte-pair* levels: each level is an fp16 number
 whose high and low byte are equal (up to the sign bit), so a kernel makes it from one looked-up byte. Measured cost over exact
@@ -51,7 +51,7 @@ _PLANE_BITS = {"A": 2, "B": 1, "C": 1}
 _PLANE_SHIFT = {"A": 0, "B": 2, "C": 3}
 
 # Bytes x: level = fp16 with bits x << 8 | x. Found by search over all byte choices and scales for the least mean squared
-# error on N(0,1) (tests/test_layout.py repeats the comparison). Ascending codes for 2 and 3 bits; magnitudes for 4.
+# error on N(0,1) (tests/codec/test_layout.py repeats the comparison). Ascending codes for 2 and 3 bits; magnitudes for 4.
 _BYTES_2 = (0xBF, 0xB8, 0x38, 0x3F)
 _BYTES_3 = (0xC0, 0xBD, 0xBA, 0xB4, 0x33, 0x3A, 0x3D, 0x40)
 _BYTES_4 = {
