@@ -53,11 +53,15 @@ def table(exact: dict[str, Any], cold: dict[str, Any], warm: dict[str, Any], row
     t.add_row("bits per element, beyond the window", f"{exact['bits_per_element']:.0f}", bits)
     t.add_row("bits per element, window included", f"{exact['effective_bits']:.0f}", f"{warm['effective_bits']:.2f}")
     smaller = exact["cache_bytes"] / warm["cache_bytes"]
-    t.add_row("cache held", f"{exact['cache_bytes'] / 2**20:.1f} MiB", f"{warm['cache_bytes'] / 2**20:.1f} MiB ({smaller:.1f}x less)")
+    t.add_row(
+        "cache held", f"{exact['cache_bytes'] / 2**20:.1f} MiB", f"{warm['cache_bytes'] / 2**20:.1f} MiB ({smaller:.1f}x less)"
+    )
     t.add_row("stored on disk", "-", f"{stored / 2**20:.1f} MiB")
     t.add_row("KL divergence from the exact cache", "0", f"{rows[preset]['kl']:.4f} nats")
     t.add_row("top-1 agreement", "100 %", f"{100 * rows[preset]['top1']:.1f} %")
-    t.add_row("time to first token, cold", f"{exact['seconds_to_first_token']:.2f} s", f"{cold['seconds_to_first_token']:.2f} s")
+    t.add_row(
+        "time to first token, cold", f"{exact['seconds_to_first_token']:.2f} s", f"{cold['seconds_to_first_token']:.2f} s"
+    )
     t.add_row("time to first token, restored", "-", f"{warm['seconds_to_first_token']:.2f} s")
     return t
 
@@ -92,8 +96,8 @@ def main() -> None:
     console.rule("[bold]result", align="left")
     console.print(table(exact, cold, warm, rows, stored))
     same = cold["token_ids"] == warm["token_ids"]
-    console.print(f"restored {warm['restored_tokens']:,} of {warm['prompt_tokens']:,} prompt tokens from disk in a new process; "
-                  f"the answer is {'token for token the same' if same else 'NOT the same'}.")  # fmt: skip
+    console.print(f"restored {warm['restored_tokens']:,} of {warm['prompt_tokens']:,} prompt tokens from disk in a new "
+                  f"process; the answer is {'token for token the same' if same else 'NOT the same'}.")  # fmt: skip
     if not same or not warm["restored_tokens"]:
         raise SystemExit("the restored run differs: this is a bug")
 

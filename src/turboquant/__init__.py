@@ -1,8 +1,8 @@
 """KV-cache compression and offloading for LLM inference.
 
-    >>> from turboquant import TurboQuantCache
-    >>> cache = TurboQuantCache.for_model(model, "turboquant_3bit")
-    >>> model.generate(**inputs, past_key_values=cache)
+>>> from turboquant import TurboQuantCache
+>>> cache = TurboQuantCache.for_model(model, "turboquant_3bit")
+>>> model.generate(**inputs, past_key_values=cache)
 """
 
 from __future__ import annotations

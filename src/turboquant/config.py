@@ -101,7 +101,11 @@ class TurboQuantConfig:
         _count("recent_tokens", self.recent_tokens, 0, 65536)
         _count("statistics_tokens", self.statistics_tokens, 1, MAX_STATISTICS_TOKENS)
         _count("seed", self.seed, 0, 2**48)
-        if isinstance(self.key_balance, bool) or not isinstance(self.key_balance, (int, float)) or not 0 <= self.key_balance <= 1:
+        if (
+            isinstance(self.key_balance, bool)
+            or not isinstance(self.key_balance, (int, float))
+            or not 0 <= self.key_balance <= 1
+        ):
             raise ConfigError(f"key_balance={self.key_balance!r} must be a number from 0 (off) to 1")
         if not isinstance(self.layers, Mapping):
             raise ConfigError(f"layers={self.layers!r} must map layer indices to bits, (key, value) bits or 'exact'")

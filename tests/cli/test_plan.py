@@ -11,9 +11,10 @@ from typer.testing import CliRunner
 
 from turboquant import TurboQuantCache, TurboQuantConfig
 from turboquant.arithmetic import CacheShape, LayerShape, cache_bytes, concurrent_sequences, longest_context, peak_bytes
-from turboquant.cli import plan as plan_module
+from turboquant.cli import architecture as plan_module
 from turboquant.cli.app import app
-from turboquant.cli.plan import format_count, parse_count, read_model
+from turboquant.cli.architecture import read_model
+from turboquant.cli.plan import format_count, parse_count
 from turboquant.config import PRESETS
 from turboquant.errors import ConfigError, UnsupportedModelError
 

@@ -51,7 +51,10 @@ FAMILIES: dict[str, Family] = {
     "phi3": Family("Phi3Config", {"pad_token_id": 0}),
     "gpt-neox-partial": Family(
         "GPTNeoXConfig",
-        {"num_key_value_heads": None, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}},
+        {
+            "num_key_value_heads": None,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25},
+        },
         rotary_dim=8,
     ),
     "stablelm-partial": Family(
@@ -63,11 +66,17 @@ FAMILIES: dict[str, Family] = {
     "cohere-interleaved": Family("CohereConfig", pairing="interleaved"),
     "gpt-oss-sinks": Family(
         "GptOssConfig",
-        {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 96,
-         "layer_types": ["sliding_attention", "full_attention"] * 2},
+        {
+            "num_local_experts": 2,
+            "num_experts_per_tok": 1,
+            "sliding_window": 96,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
         packed=(1, 3),
-    ),  # fmt: skip
-    "opt-no-rotary": Family("OPTConfig", {"num_key_value_heads": None, "ffn_dim": 96, "word_embed_proj_dim": 128}, rotary_dim=None),
+    ),
+    "opt-no-rotary": Family(
+        "OPTConfig", {"num_key_value_heads": None, "ffn_dim": 96, "word_embed_proj_dim": 128}, rotary_dim=None
+    ),
 }
 
 

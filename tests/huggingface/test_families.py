@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from turboquant import TurboQuantCache, TurboQuantConfig, UnsupportedModelError
+from turboquant import TurboQuantCache, TurboQuantConfig, TurboQuantError, UnsupportedModelError
 from turboquant.cache import PackedLayer
 
 from .families import FAMILIES, build, tokens
@@ -67,7 +67,9 @@ def test_attention_over_pages_equals_attention_over_the_dequantized_cache(name: 
 def test_four_bits_stay_near_the_exact_cache_and_beat_two(name: str) -> None:
     model = build(name)
     exact = logits(model, DynamicCache(config=model.config), "eager")
-    error = {b: distance(logits(model, TurboQuantCache.for_model(model, f"turboquant_{b}bit"), "turboquant"), exact) for b in (4, 2)}
+    error = {
+        b: distance(logits(model, TurboQuantCache.for_model(model, f"turboquant_{b}bit"), "turboquant"), exact) for b in (4, 2)
+    }
     # Random models have no redundancy: rounding moves them far more than trained ones (see the evaluation on SmolLM2).
     assert error[4] < 0.25
     assert error[4] < 0.6 * error[2]
@@ -144,8 +146,8 @@ def test_unsupported_models_say_why() -> None:
     with pytest.raises(UnsupportedModelError, match="mamba"):
         TurboQuantCache.for_model(mamba)
     mla = AutoModelForCausalLM.from_config(
-        DeepseekV3Config(**small, num_key_value_heads=4, kv_lora_rank=32, q_lora_rank=32, qk_rope_head_dim=16, qk_nope_head_dim=32,
-                         v_head_dim=32, n_routed_experts=4, first_k_dense_replace=2, intermediate_size=64)
+        DeepseekV3Config(**small, num_key_value_heads=4, kv_lora_rank=32, q_lora_rank=32, qk_rope_head_dim=16,
+                         qk_nope_head_dim=32, v_head_dim=32, n_routed_experts=4, first_k_dense_replace=2, intermediate_size=64)
     )  # fmt: skip
     with pytest.raises(UnsupportedModelError, match="latent attention"):
         TurboQuantCache.for_model(mla)
@@ -155,3 +157,12 @@ def test_unsupported_models_say_why() -> None:
         TurboQuantCache.for_model(build("mistral-short-sliding"))
     with pytest.raises(UnsupportedModelError, match="head_dim 16"):
         TurboQuantCache.for_model(build("llama", head_dim=16))
+
+
+def test_a_crop_that_an_exact_sliding_layer_cannot_do_changes_nothing() -> None:
+    model = build("gemma3")
+    cache = TurboQuantCache.for_model(model)
+    model(tokens(401), past_key_values=cache)
+    with pytest.raises(TurboQuantError, match="slides over 96 tokens"):
+        cache.crop(-5)
+    assert [s.length for s in cache._stores] == [401] * 4

@@ -233,7 +233,9 @@ def test_saved_cache_continues_like_the_original(model: PreTrainedModel, tmp_pat
         TurboQuantCache.for_model(build("llama", seed=7), PACKED).load(tmp_path / "cache.tq")
 
 
-@pytest.mark.parametrize("order", ["turboquant, transformers", "transformers, turboquant", "transformers.modeling_utils, turboquant"])
+@pytest.mark.parametrize(
+    "order", ["turboquant, transformers", "transformers, turboquant", "transformers.modeling_utils, turboquant"]
+)
 def test_attention_is_registered_whatever_is_imported_first(order: str) -> None:
     code = f"import {order}\nfrom transformers import AttentionInterface\nassert 'turboquant' in AttentionInterface()"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -544,7 +544,7 @@ def test_padded_prompts_are_not_stored(model: Any, tmp_path: Path) -> None:
     opened = TurboQuantStore(tmp_path, BIG)
     got = run(model, ids, TurboQuantCache.for_model(model, store=opened), attention_mask=mask)
     assert torch.equal(got, run(model, ids, TurboQuantCache.for_model(model), attention_mask=mask))
-    assert opened.counters == Counter(refused_padded_sequences_are_not_stored=1)
+    assert opened.counters == Counter(refused_masked_tokens_are_not_stored=1)
     assert files(tmp_path, "*.tqc") == []
 
 
@@ -851,3 +851,36 @@ def test_no_pickle_anywhere(template: tuple[Path, Tensor], model: Any, monkeypat
         if path.name != STATISTICS:
             with pytest.raises(Damaged, match="kind"):
                 read(path, Kind.SNAPSHOT, None, None)
+
+
+def test_prompts_with_hidden_tokens_are_not_stored(tmp_path: Path) -> None:
+    """A mask changes what the other tokens hold, and keys name token ids alone."""
+    model, ids = make(LlamaConfig(num_hidden_layers=3, **SIZES)), prompt(1, 400)
+    hidden = torch.ones(1, 400, dtype=torch.long)
+    hidden[:, 5:50] = 0
+    square = torch.ones(400, 400, dtype=torch.bool).tril()
+    square[50:, 5:50] = False
+    for mask in (hidden, square[None, None]):
+        store = TurboQuantStore(tmp_path, 1 << 28)
+        with torch.no_grad():
+            model(ids, attention_mask=mask, past_key_values=TurboQuantCache.for_model(model, store=store))
+        assert store.counters["refused_masked_tokens_are_not_stored"] == 1
+        assert store.restore(TurboQuantCache.for_model(model, store=store), ids) == 0
+
+
+def test_one_changed_weight_is_another_model(tmp_path: Path) -> None:
+    model, ids = make(LlamaConfig(num_hidden_layers=3, **SIZES)), prompt(1, 700)
+    store = TurboQuantStore(tmp_path, 1 << 28)
+    with torch.no_grad():
+        model(ids, past_key_values=TurboQuantCache.for_model(model, store=store))
+        assert store.restore(TurboQuantCache.for_model(model, store=store), ids) == 512
+        model.model.embed_tokens.weight[60, 7] += 1e-3
+    assert store.restore(TurboQuantCache.for_model(model, store=store), ids) == 0
+
+
+def test_windows_that_are_no_whole_pages_are_stored(tmp_path: Path) -> None:
+    model, ids = make(LlamaConfig(num_hidden_layers=3, **SIZES)), prompt(1, 700)
+    store, config = TurboQuantStore(tmp_path, 1 << 28), TurboQuantConfig(recent_tokens=100)
+    with torch.no_grad():
+        model(ids, past_key_values=TurboQuantCache.for_model(model, config, store=store))
+    assert store.restore(TurboQuantCache.for_model(model, config, store=store), ids) == 512

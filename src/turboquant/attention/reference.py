@@ -8,9 +8,10 @@ forgotten, so the whole cache is never dequantized. Per call the extra memory is
   + 2 * batch * heads * min(queries, 256) * 16 * head_dim * 4  with rope-mean keys: queries turned back to each page's start
   + 2 * batch * heads * queries * head_dim * 4 bytes           rotated queries and the accumulator
 
-whatever the context length (measured peaks are 10-20 % below). Scores use the rotated query, so pages are never rotated back: values accumulate in the rotated
-domain and the inverse rotation is applied once to the output. With centred keys the term q . R_p mu is added per page of
-start p0 as (R_{-p0} q) . (R_j mu), j < 64: one rotation of q per page against a fixed table, and no bytes from the cache.
+whatever the context length (measured peaks are 10-20 % below). Scores use the rotated query, so pages are never rotated
+back: values accumulate in the rotated domain and the inverse rotation is applied once to the output. With centred keys the
+term q . R_p mu is added per page of start p0 as (R_{-p0} q) . (R_j mu), j < 64: one rotation of q per page against a fixed
+table, and no bytes from the cache.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class _Softmax:
 def _apply_mask(scores: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return scores
-    b, h, g = scores.shape[:3]
+    h, g = scores.shape[1:3]
     mask = mask[:, :, None] if mask.shape[1] == 1 else mask.view(mask.shape[0], h, g, *mask.shape[2:])
     if mask.dtype == torch.bool:
         return scores.masked_fill(~mask, float("-inf"))
@@ -100,9 +101,7 @@ class _Center:
         return (turned.view(b, h, r * n, d) @ self.table[0].transpose(-1, -2)).view(b, h, r, n * PAGE_TOKENS)
 
 
-def _packed(
-    state: _Softmax, query: Tensor, layer: PackedLayer, mask: Mask, scaling: float, softcap: float | None
-) -> None:
+def _packed(state: _Softmax, query: Tensor, layer: PackedLayer, mask: Mask, scaling: float, softcap: float | None) -> None:
     """Fold the packed pages of ``layer`` in; afterwards the accumulator is back in the model's basis."""
     assert layer.transform is not None
     codec, transform = layer.codec, layer.transform

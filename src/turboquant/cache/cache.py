@@ -125,7 +125,10 @@ class TurboQuantCache:
             ShapeError: the tensors do not fit the cache; the message says what was expected.
         """
         store = self._store(layer_idx)
-        if self._device is not None and (key.device.type, key.device.index or 0) != (self._device.type, self._device.index or 0):
+        if self._device is not None and (key.device.type, key.device.index or 0) != (
+            self._device.type,
+            self._device.index or 0,
+        ):
             raise ShapeError(f"the cache is on {self._device} but the key on {key.device}; move one of them")
         if self._dtype is not None and key.dtype != self._dtype:
             raise ShapeError(f"the cache holds {self._dtype} but the key is {key.dtype}; convert it or change dtype")
@@ -161,10 +164,16 @@ class TurboQuantCache:
         """Keep the first ``length`` tokens; a negative number removes that many of the last ones, 0 changes nothing.
 
         (Like ``transformers``, where ``crop(-n)`` takes back n speculative tokens.)
+
+        Raises:
+            TurboQuantError: a sliding layer no longer holds the tokens its window would need; nothing is changed.
         """
         length = int(length)  # some versions of transformers pass a tensor
         seen = max((s.length for s in self._stores), default=0)
         target = seen if length == 0 else length if length > 0 else max(0, seen + length)
+        for s in self._stores:
+            if hasattr(s, "check_crop"):
+                s.check_crop(target)
         for s in self._stores:
             s.crop(target)
 
@@ -239,7 +248,6 @@ class TurboQuantCache:
 
         load_cache(self, path)
         return self
-
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], device: torch.device | str | None = None) -> TurboQuantCache:

@@ -128,7 +128,9 @@ class PackedLayer:
         """
         want = (self.num_kv_heads, self.head_dim)
         if tuple(statistics.mean.shape) != want:
-            raise ShapeError(f"statistics of shape {tuple(statistics.mean.shape)} do not fit a layer of {want} (heads, head_dim)")
+            raise ShapeError(
+                f"statistics of shape {tuple(statistics.mean.shape)} do not fit a layer of {want} (heads, head_dim)"
+            )
         self.transform = KeyTransform(statistics, self.rotary)
 
     def positions(self, start: int, stop: int, device: torch.device) -> Tensor:
@@ -172,7 +174,8 @@ class PackedLayer:
         keep = self.packed_tokens
         if self.retain_multiple:
             boundary = self.length // self.retain_multiple * self.retain_multiple
-            keep = max(self._tail_start, min(keep, boundary - self.config.recent_tokens))
+            page = (boundary - self.config.recent_tokens) // PAGE_TOKENS * PAGE_TOKENS
+            keep = max(self._tail_start, min(keep, page))
         self._absorb(keep)
         self._drop_old()
 
@@ -318,6 +321,16 @@ class PackedLayer:
 
     # -- edit -----------------------------------------------------------------------------------------------------
 
+    def check_crop(self, length: int) -> None:
+        """Raise what :meth:`crop` would, without changing anything."""
+        if self.sliding_window is not None and 0 < length < self.length:
+            needed = max(0, length - self.sliding_window + 1)
+            if self.first_page * PAGE_TOKENS > needed:
+                raise TurboQuantError(
+                    f"cannot crop to {length} tokens: this layer slides over {self.sliding_window} tokens and has dropped "
+                    f"those before {self.first_page * PAGE_TOKENS}"
+                )
+
     def crop(self, length: int) -> None:
         """Forget all tokens from index ``length`` on. Tokens before it keep their stored values.
 
@@ -333,11 +346,7 @@ class PackedLayer:
         if not length:
             self.reset()
             return
-        if self.sliding_window is not None and self.first_page * PAGE_TOKENS > max(0, length - self.sliding_window + 1):
-            raise TurboQuantError(
-                f"cannot crop to {length} tokens: this layer slides over {self.sliding_window} tokens and has dropped those "
-                f"before {self.first_page * PAGE_TOKENS}"
-            )
+        self.check_crop(length)
         if length < self.packed_tokens:
             page = length // PAGE_TOKENS
             if length % PAGE_TOKENS:

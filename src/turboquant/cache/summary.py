@@ -16,7 +16,9 @@ def _describe(cache: TurboQuantCache, i: int, store: Any) -> str:
     spec = cache.specs[i] if hasattr(cache, "specs") else None
     if isinstance(store, PackedLayer):
         key, value = store.bits
-        text = f"packed K{key}V{value}, {store.num_kv_heads} KV heads x {store.head_dim}, {store.layout.bits_per_element:g} bits"
+        text = (
+            f"packed K{key}V{value}, {store.num_kv_heads} KV heads x {store.head_dim}, {store.layout.bits_per_element:g} bits"
+        )
         if store.sliding_window is not None:
             text += f", sliding window {store.sliding_window}"
         if store.config.key_center != "none":
@@ -42,5 +44,8 @@ def summary(cache: TurboQuantCache) -> str:
     lines.append(f"  exact window: first {c.sink_tokens} and at least {c.recent_tokens} last tokens")
     held, exact = cache.nbytes, cache.exact_nbytes
     ratio = f", {exact / held:.2f}x less than exact" if held and exact else ""
-    lines.append(f"  {held:,} bytes held; {cache.bits_per_element:.3f} bits per element nominal, {cache.effective_bits:.3f} effective{ratio}")
+    lines.append(
+        f"  {held:,} bytes held; {cache.bits_per_element:.3f} bits per element nominal, "
+        f"{cache.effective_bits:.3f} effective{ratio}"
+    )
     return "\n".join(lines)

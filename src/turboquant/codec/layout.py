@@ -2,7 +2,7 @@
 
 A *page* holds 64 tokens of one KV head of one layer, contiguously:
 
-    K planes | QJL plane (only with ``qjl``) | V planes | K scales 64 x fp16 | QJL norms 64 x fp16 (only with ``qjl``) | V scales 64 x fp16
+    K planes | QJL plane | V planes | K scales 64 x fp16 | QJL norms 64 x fp16 | V scales 64 x fp16     (QJL parts only with qjl)
 
 A code of b bits is split over *bit planes*, so that no code straddles a word and 1 to 4 bits share one reader:
 
@@ -21,7 +21,8 @@ A plane starts with the rows of all 64 tokens. Head dims that are no multiple of
 
     16 dims left over (80, 112, ...): A has its word in the row; B and C follow the rows with one word per *pair* of tokens, in
         which the odd token uses i + 2 (B) or s + 4 (C).
-    fewer left over (100, 72, ...): after that, for each bit of the plane (low first) and each such dim, 64 bits: bit t is token t.
+    fewer left over (100, 72, ...): after that, for each bit of the plane (low first) and each such dim, 64 bits, bit t for
+        token t.
 
 K and V use the same arrangement. Scales multiply :func:`stored_levels`, the *byte-pair* levels: each level is an fp16 number
 whose high and low byte are equal (up to the sign bit), so a kernel makes it from one looked-up byte. Measured cost over exact
@@ -248,7 +249,9 @@ def _pack_plane(x: Tensor, plane: str) -> Tensor:
         tail = x[..., x.shape[-1] - rest :].transpose(-1, -2)  # (..., rest, 64)
         for bit in range(_PLANE_BITS[plane]):
             b = ((tail >> bit) & 1).reshape(*lead, rest, 8, 8)
-            parts.append((b << torch.arange(8, dtype=torch.uint8, device=x.device)).sum(-1, dtype=torch.uint8).reshape(*lead, -1))
+            parts.append(
+                (b << torch.arange(8, dtype=torch.uint8, device=x.device)).sum(-1, dtype=torch.uint8).reshape(*lead, -1)
+            )
     return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
 
 

@@ -136,6 +136,20 @@ class ForeignLayer:
         self.layer.keys, self.layer.values = key, value
         self.layer.cumulative_length = int(state["length"][0])
 
+    def check_crop(self, length: int) -> None:
+        """Raise a TurboQuantError where transformers' sliding layers cannot go back."""
+        window = getattr(self.layer, "sliding_window", None)
+        if (
+            window is not None
+            and length < self.length
+            and self.length >= window
+            and not getattr(self.layer, "record_past", False)
+        ):
+            raise TurboQuantError(
+                f"cannot crop to {length} tokens: an exact layer slides over {window} tokens and has dropped older ones; call "
+                "activate_past_recording() before the tokens that may be taken back"
+            )
+
     def crop(self, length: int) -> None:
         """Forget all tokens from index ``length`` on."""
         self.layer.crop(min(0, length - self.length))
@@ -202,8 +216,8 @@ class HuggingFaceCache(TurboQuantCache, Cache):  # type: ignore[misc]
         if not self._warned and not self.reads_packed and any(isinstance(s, PackedLayer) for s in self._stores):
             self._warned = True
             warnings.warn(
-                "this model's attention cannot read packed pages, so every call dequantizes the whole cache (slow, and keys are "
-                'not balanced). Load the model with attn_implementation="turboquant", or call '
+                "this model's attention cannot read packed pages, so every call dequantizes the whole cache (slow, and keys "
+                'are not balanced). Load the model with attn_implementation="turboquant", or call '
                 'model.set_attn_implementation("turboquant").',
                 stacklevel=2,
             )
@@ -256,9 +270,14 @@ class HuggingFaceCache(TurboQuantCache, Cache):  # type: ignore[misc]
             if isinstance(s, PackedLayer):
                 s.starts = starts if bool((starts != 0).any()) else None
 
-    def end_forward(self, input_ids: Tensor | None) -> None:
+    def end_forward(self, input_ids: Tensor | None, attention_mask: Any = None) -> None:
         """Note the tokens that were stored and save complete chunks."""
         if self.store is None:
+            return
+        plain = attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.dim() == 2)
+        if not plain or (attention_mask is not None and not bool(attention_mask.all())):
+            # Hidden tokens change what the others hold, and a key names token ids alone.
+            self.store.detach(self, "masked tokens are not stored")
             return
         if input_ids is None or input_ids.shape[0] != 1:
             self.store.detach(self, "only single sequences of token ids are stored")
@@ -279,7 +298,7 @@ def _before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
 def _after(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     cache = kwargs.get("past_key_values")
     if isinstance(cache, HuggingFaceCache):
-        cache.end_forward(kwargs.get("input_ids", args[0] if args else None))
+        cache.end_forward(kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask"))
 
 
 def cache_for_model(

@@ -52,7 +52,8 @@ def text_config(model: Any) -> Any:
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "get_text_config"):
         raise UnsupportedModelError(
-            f"{type(model).__name__} is not a transformers model; build TurboQuantCache(num_layers, num_kv_heads, head_dim) instead"
+            f"{type(model).__name__} is not a transformers model; build TurboQuantCache(num_layers, num_kv_heads, head_dim) "
+            "instead"
         )
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
@@ -208,7 +209,11 @@ def _sharpen(module: Any, layer_type: str, freq: Tensor) -> Tensor:
     """The module's own frequencies where they agree: an arc tangent of float32 loses digits that matter at 100k tokens."""
     for name in (f"{layer_type}_inv_freq", "inv_freq"):
         own = getattr(module, name, None)
-        if isinstance(own, Tensor) and own.shape == freq.shape and torch.allclose(own.double().cpu(), freq, rtol=1e-4, atol=1e-7):
+        if (
+            isinstance(own, Tensor)
+            and own.shape == freq.shape
+            and torch.allclose(own.double().cpu(), freq, rtol=1e-4, atol=1e-7)
+        ):
             return own.detach().double().cpu()
     return freq
 
@@ -216,19 +221,23 @@ def _sharpen(module: Any, layer_type: str, freq: Tensor) -> Tensor:
 # -- identity ---------------------------------------------------------------------------------------------------------
 
 
-def fingerprint(model: Any) -> str:
-    """A hex digest that names a model's keys and values: configuration, dtype, and a sample of its weights.
+def _bit_sum(parameter: Tensor) -> int:
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.dtype.itemsize]
+    return int(parameter.contiguous().view(integers).sum(dtype=torch.int64))
 
-    Names and revisions are not enough: a fine-tuned model may have the same ones. From every parameter of the decoder a few
-    values are read.
+
+def fingerprint(model: Any) -> str:
+    """A hex digest that names a model's keys and values: configuration, dtype and weights.
+
+    Names and revisions are not enough: a fine-tuned model may have the same ones. Every parameter enters with the sum of its
+    bits as integers, which is exact, the same on every device, and changes with any single weight.
     """
     text = text_config(model)
     skip = ("_name_or_path", "transformers_version", "_attn_implementation", "use_cache", "dtype", "torch_dtype")
     settings = {k: v for k, v in text.to_dict().items() if k not in skip and not k.startswith("_")}
     h = hashlib.blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=16)
-    for name, p in sorted(model.get_decoder().named_parameters() if hasattr(model, "get_decoder") else model.named_parameters()):
-        flat = p.detach().reshape(-1)
-        index = torch.linspace(0, flat.numel() - 1, min(8, flat.numel()), dtype=torch.float64).long().to(flat.device)
-        h.update(f"{name} {tuple(p.shape)} {p.dtype}".encode())
-        h.update(flat[index].float().cpu().numpy().tobytes())
+    for name, p in sorted(
+        model.get_decoder().named_parameters() if hasattr(model, "get_decoder") else model.named_parameters()
+    ):
+        h.update(f"{name} {tuple(p.shape)} {p.dtype} {_bit_sum(p.detach())}".encode())
     return h.hexdigest()
