@@ -2,7 +2,7 @@
 
 A *page* holds 64 tokens of one KV head of one layer, contiguously:
 
-    K planes | QJL plane | V planes | K scales 64 x fp16 | QJL norms 64 x fp16 | V scales 64 x fp16     (QJL parts only with qjl)
+    K planes | QJL plane | V planes | K scales 64 x fp16 | QJL norms 64 x fp16 | V scales 64 x fp16  (QJL parts only with qjl)
 
 A code of b bits is split over *bit planes*, so that no code straddles a word and 1 to 4 bits share one reader:
 
