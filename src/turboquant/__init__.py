@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .cache import TurboQuantCache
     from .codec.center import Statistics
     from .codec.rotary import Rotary
+    from .integrations.huggingface import prefill
     from .offload.store import TurboQuantStore
 
 __version__ = "0.1.0.dev0"
@@ -30,6 +31,7 @@ _LAZY = {
     "Statistics": ".codec.center",
     "Rotary": ".codec.rotary",
     "attend": ".attention",
+    "prefill": ".integrations.huggingface",
 }
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
     "UnsupportedModelError",
     "__version__",
     "attend",
+    "prefill",
 ]
 
 

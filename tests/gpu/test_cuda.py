@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from turboquant import PRESETS, Rotary, TurboQuantCache, TurboQuantConfig, TurboQuantStore, attend
+from turboquant import PRESETS, Rotary, TurboQuantCache, TurboQuantConfig, TurboQuantStore, attend, prefill
 from turboquant.codec.layout import PageLayout
 from turboquant.codec.page import PageCodec
 
@@ -49,7 +49,8 @@ def test_generate_save_and_restore(tmp_path: object) -> None:
     ids = tokens(700).cuda()
 
     def run(cache: TurboQuantCache) -> torch.Tensor:
-        return model.generate(ids, past_key_values=cache, max_new_tokens=20, do_sample=False, prefill_chunk_size=256)
+        prefill(model, ids, cache)
+        return model.generate(ids, past_key_values=cache, max_new_tokens=20, do_sample=False)
 
     plain = run(TurboQuantCache.for_model(model, TurboQuantConfig(n_bits=3)))
     store = TurboQuantStore(str(tmp_path), 1 << 28)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from turboquant import CacheFileError, TurboQuantCache, TurboQuantConfig
+from turboquant import CacheFileError, ShapeError, TurboQuantCache, TurboQuantConfig, TurboQuantError, prefill
 from turboquant.cache import PackedLayer
 from turboquant.errors import ConfigError
 
@@ -244,3 +244,25 @@ def test_attention_is_registered_whatever_is_imported_first(order: str) -> None:
 def test_importing_the_package_loads_neither_torch_nor_transformers() -> None:
     code = "import sys, turboquant; assert not {'torch', 'transformers'} & set(sys.modules); turboquant.TurboQuantConfig()"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_prefill_in_blocks_equals_chunked_prefill(model: PreTrainedModel) -> None:
+    seen: list[int] = []
+    cache = TurboQuantCache.for_model(model, PACKED)
+    assert prefill(model, tokens(PROMPT), cache, 256, seen.append) == 512
+    assert seen == [256, 256]
+    whole = generate(model, TurboQuantCache.for_model(model, PACKED), prefill_chunk_size=256)
+    assert torch.equal(generate(model, cache), whole)
+    short = TurboQuantCache.for_model(model, PACKED)
+    assert prefill(model, tokens(100), short) == 0
+    with pytest.raises(ShapeError, match="at least one must be left"):
+        prefill(model, tokens(300), cache)
+
+
+def test_a_prompt_fed_twice_is_noticed(model: PreTrainedModel) -> None:
+    cache = TurboQuantCache.for_model(model, PACKED)
+    with torch.no_grad():
+        model(tokens(300), past_key_values=cache)
+        with pytest.raises(TurboQuantError, match="fed again"):
+            model(tokens(256), attention_mask=torch.ones(1, 256), past_key_values=cache)
+    assert cache.get_seq_length() == 300

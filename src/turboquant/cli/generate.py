@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from ..offload.store import TurboQuantStore
 
 EXACT = "exact"
-#: Prompts are fed in blocks of this many tokens, the chunks of the store: a restored prompt then continues like a cold one.
-PREFILL_BLOCK = 256
 
 
 @dataclass(frozen=True)
@@ -140,6 +138,7 @@ def run(
     from transformers import DynamicCache, TextStreamer
 
     from ..cache import TurboQuantCache
+    from ..integrations.huggingface import prefill
 
     ids = _encode(tokenizer, text, chat).to(model.device)
     check_tokens(model, ids, "the prompt")
@@ -168,13 +167,11 @@ def run(
 
     with torch.no_grad():
         restored = store.restore(cache, ids) if store is not None else 0
-        stop = (ids.shape[1] - 1) // PREFILL_BLOCK * PREFILL_BLOCK
         columns = (TextColumn("prefill"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeRemainingColumn())
         with Progress(*columns, console=console, transient=True) as bar:
             task = bar.add_task("prefill", total=ids.shape[1], completed=restored)
-            for start in range(restored, stop, PREFILL_BLOCK):
-                model(ids[:, start : start + PREFILL_BLOCK], past_key_values=cache, use_cache=True, logits_to_keep=1)
-                bar.update(task, advance=PREFILL_BLOCK)
+            # In blocks of the store's chunks: a restored prompt then continues exactly like a cold one.
+            prefill(model, ids, cache, progress=lambda n: bar.update(task, advance=n))
         torch.manual_seed(seed)
         out = model.generate(
             ids,

@@ -30,8 +30,6 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto", attention: 
         raise ConfigError('this command needs transformers: pip install "turboquant-cache[cli]"')
     if dtype not in DTYPES:
         raise ConfigError(f"--dtype {dtype} is not supported; choose one of {', '.join(DTYPES)}")
-    # The GGUF reader draws its own bar, which no setting of transformers reaches.
-    os.environ.setdefault("TQDM_DISABLE", "1")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging

@@ -42,10 +42,11 @@ class TurboQuantStore:
         >>> store = TurboQuantStore("kv-store", max_bytes=10 << 30)
         >>> cache = TurboQuantCache.for_model(model, "turboquant_3bit", store=store)
         >>> restored = store.restore(cache, input_ids)  # tokens that need no prefill
-        >>> model.generate(input_ids, past_key_values=cache, prefill_chunk_size=256)
+        >>> prefill(model, input_ids, cache)  # the rest, in blocks of 256 tokens
+        >>> model.generate(input_ids, past_key_values=cache)
 
     Restored output is token for token that of a run without the store if both feed the prompt in blocks of 256 tokens
-    (``prefill_chunk_size=256``; the command line does).
+    (:func:`turboquant.prefill`; the command line does).
 
     Args:
         directory: created if missing. Several threads and processes may use it at once.
