@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,43 +11,17 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from turboquant import TurboQuantStore, cli
+from turboquant import TurboQuantStore
 from turboquant.cli.generate import _open_store, generate
 from turboquant.cli.models import _device, load_model, read_text
 from turboquant.errors import ConfigError, TurboQuantError
 
-WORDS = [f"w{i}" for i in range(2, 200)]
+from .tiny import WORDS, Run, refused, runner, save_model
 
 
 def text(seed: int, words: int) -> str:
     return " ".join(random.Random(seed).choices(WORDS, k=words))
-
-
-def save_model(folder: Path, vocabulary: int = 200) -> Path:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=1024,
-        initializer_range=0.1,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    words = {"<pad>": 0, "<unk>": 1, **{w: i + 2 for i, w in enumerate(WORDS)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>").save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -57,33 +29,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save_model(tmp_path_factory.mktemp("model") / "tiny[1]"))
 
 
-Run = Callable[..., tuple[int, str, str]]
-
-
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the command as the console script does: (exit code, stdout, stderr)."""
-    monkeypatch.setenv("COLUMNS", "160")
-    monkeypatch.delenv("TURBOQUANT_DEBUG", raising=False)
-
-    def run(*args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["turboquant", "generate", *map(str, args)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(stopped.value.code or 0), out, err
-
-    return run
-
-
-def refused(found: tuple[int, str, str], *parts: str) -> None:
-    code, _, err = found
-    assert code == 2, found
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    assert "Traceback" not in err
-    for part in parts:
-        assert part in err
+    return runner("generate", monkeypatch, capsys)
 
 
 def test_prompt(command: Run, model: str, tmp_path: Path) -> None:

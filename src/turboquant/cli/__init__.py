@@ -15,6 +15,8 @@ def main() -> None:
 
     Errors of this package become one line on stderr; with ``TURBOQUANT_DEBUG=1`` they keep their traceback.
     """
+    # Libraries below draw bars of their own over the commands' output (the GGUF reader does); tqdm reads this when imported.
+    os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         import rich  # noqa: F401  (typer starts without it, commands do not)
 

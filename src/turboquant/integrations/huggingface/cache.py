@@ -256,9 +256,9 @@ class HuggingFaceCache(TurboQuantCache, Cache):  # type: ignore[misc]
             # Some versions of transformers (5.17) feed a prompt anew in generate(prefill_chunk_size=...) though the cache is
             # filled. The tokens would be stored twice and the answer be wrong, silently.
             raise TurboQuantError(
-                f"the attention mask covers {attention_mask.shape[1]} tokens, but the cache holds {past} and {new_tokens} are fed: "
-                "either the prompt is fed again though the cache is filled (generate(prefill_chunk_size=...) does that in older "
-                "transformers; use turboquant.prefill instead), or the mask is too short"
+                f"the attention mask covers {attention_mask.shape[1]} tokens, but the cache holds {past} and {new_tokens} are "
+                "fed: either the prompt is fed again though the cache is filled (generate(prefill_chunk_size=...) does that in "
+                "older transformers; use turboquant.prefill instead), or the mask is too short"
             )
         if not self._padding_open or position_ids is None or position_ids.dim() != 2:
             return
