@@ -463,8 +463,8 @@ def test_memory_stays_within_the_documented_bound(queries: int, center: str) -> 
     assert layer._tail is not None
     with Peak(query, layer._tail, *layer.slabs.slabs) as mode:
         attend(query, layer)
-    turned = 2 * 8 * queries * 16 * 128 * 4 if center == "rope_mean" else 0
-    bound = 2 * 1024 * 128 * 24 + 3 * 8 * queries * 1024 * 4 + turned + 2 * 8 * queries * 128 * 4
+    offsets = 2 * 1024 * 128 * 16 if center == "rope_mean" else 0
+    bound = 2 * 1024 * 128 * 24 + 3 * 8 * queries * 1024 * 4 + offsets + 2 * 8 * queries * 128 * 4
     assert mode.peak <= bound
 
 

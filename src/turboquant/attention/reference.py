@@ -5,13 +5,14 @@ forgotten, so the whole cache is never dequantized. Per call the extra memory is
 
     batch * kv_heads * 1024 * head_dim * 24 bytes              decoded levels of K and V, their codes and look-up indices
   + 3 * batch * heads * min(queries, 256) * 1024 * 4 bytes     scores, probabilities and the centring term
-  + 2 * batch * heads * min(queries, 256) * 16 * head_dim * 4  with rope-mean keys: queries turned back to each page's start
+  + batch * kv_heads * 1024 * head_dim * 16 bytes              with centred keys: offsets of the block
   + 2 * batch * heads * queries * head_dim * 4 bytes           rotated queries and the accumulator
 
 whatever the context length (measured peaks are 10-20 % below). Scores use the rotated query, so pages are never rotated
 back: values accumulate in the rotated domain and the inverse rotation is applied once to the output. With centred keys the
 term q . R_p mu is added per page of start p0 as (R_{-p0} q) . (R_j mu), j < 64: one rotation of q per page against a fixed
-table, and no bytes from the cache.
+table, and no bytes from the cache. (Calls with many queries add R_p mu to the decoded block instead, which is the same sum
+in another order.)
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ from .mask import Mask
 
 _QUERY_BLOCK = 256
 _KEY_BLOCK = BLOCK_PAGES * PAGE_TOKENS
+#: With more query rows per KV head than this it is cheaper to add the centring to the block's keys (1,024 rotations) than to
+#: turn every query back to each of its 16 pages and multiply twice.
+_MANY_ROWS = 64
 
 
 class _Softmax:
@@ -121,12 +125,15 @@ def _packed(state: _Softmax, query: Tensor, layer: PackedLayer, mask: Mask, scal
         if all(m is not None and m.dtype == torch.bool and not bool(m.any()) for m in masks):
             continue
         keys, values = codec.decode_keys(view), codec.decode_values(view)
-        starts = layer.positions(start, stop, query.device)[:, ::PAGE_TOKENS]
+        positions = layer.positions(start, stop, query.device)
+        whole: Tensor | None = None
+        if t * g > _MANY_ROWS and (offset := transform.coded_offset(positions)) is not None:
+            whole = keys.levels * keys.scale[..., None] + codec.key_rotation.forward(offset)
         for (q0, q1), m in zip(blocks, masks, strict=True):
-            scores = _code_scores(coded[..., q0:q1, :], keys, None if sketched is None else sketched[..., q0:q1, :])
-            term = center.scores(plain[..., q0:q1, :].reshape(b, h, -1, d), starts)
-            if term is not None:
-                scores = scores + term.view_as(scores)
+            scores = _code_scores(coded[..., q0:q1, :], keys, whole, None if sketched is None else sketched[..., q0:q1, :])
+            if whole is None:
+                term = center.scores(plain[..., q0:q1, :].reshape(b, h, -1, d), positions[:, ::PAGE_TOKENS])
+                scores = scores if term is None else scores + term.view_as(scores)
             scores = _apply_mask(_cap(scores, softcap), m)
             if start <= last_sink and sink_index is not None:
                 scores = _hide(scores, sink_index, start, stop)
@@ -134,9 +141,14 @@ def _packed(state: _Softmax, query: Tensor, layer: PackedLayer, mask: Mask, scal
     state.out = codec.value_rotation.inverse(state.out)
 
 
-def _code_scores(query: Tensor, keys: Decoded, sketched: Tensor | None) -> Tensor:
+def _code_scores(query: Tensor, keys: Decoded, whole: Tensor | None, sketched: Tensor | None) -> Tensor:
+    """Scores of rotated queries against codes, or against ``whole`` keys with scale and centring put in."""
     b, h, g, t, d = query.shape
-    scores = (query.reshape(b, h, g * t, d) @ keys.levels.transpose(-1, -2)) * keys.scale[:, :, None]
+    rows = query.reshape(b, h, g * t, d)
+    if whole is None:
+        scores = (rows @ keys.levels.transpose(-1, -2)) * keys.scale[:, :, None]
+    else:
+        scores = rows @ whole.transpose(-1, -2)
     if sketched is not None and keys.signs is not None and keys.qjl_scale is not None:
         scores = scores + (sketched.reshape(b, h, g * t, d) @ keys.signs.transpose(-1, -2)) * keys.qjl_scale[:, :, None]
     return scores.view(b, h, g, t, -1)

@@ -100,13 +100,15 @@ def _about(model: Any, name: str, text: Path, tokens: int, chunks: int, block: i
 
 
 def _print_rows(console: Any, rows: list[Any], model: str, text: Path, tokens: int, chunks: int) -> None:
+    from rich import box
     from rich.table import Table
     from rich.text import Text
 
     # Text, because a name may hold square brackets, which rich would read as markup.
     names = f"{Path(model).name} on {text.name}"
-    table = Table(title=Text(f"{names}: {chunks} chunks of {tokens} tokens, {rows[0].tokens:,} predictions"))
-    for name in ("preset", "bits", "effective", "perplexity", "delta", "KL (nats)", "top-1"):
+    title = Text(f"{names}: {chunks} chunks of {tokens} tokens, {rows[0].tokens:,} predictions")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)  # fits 80 columns
+    for name in ("preset", "bits", "bits held", "ppl", "delta", "KL", "top-1"):
         table.add_column(name, justify="left" if name == "preset" else "right")
     for r in rows:
         table.add_row(

@@ -70,6 +70,11 @@ class KeyTransform:
         cos, sin = self.rotary.cos_sin(positions)
         return self.rotary.apply(mean.expand(positions.shape[0], -1, positions.shape[1], -1), cos[:, None], sin[:, None])
 
+    def coded_offset(self, positions: Tensor) -> Tensor | None:
+        """The balanced offset: what balanced keys have more than coded ones, like :meth:`offset`."""
+        offset, s = self.offset(positions), self._balance(positions.device)
+        return offset if offset is None or s is None else offset * s
+
     def forward(self, keys: Tensor, positions: Tensor) -> Tensor:
         """Keys (batch, heads, tokens, head_dim) as they are coded: centred, then balanced, float32."""
         offset = self.offset(positions)
