@@ -28,10 +28,10 @@ from turboquant import (
     TurboQuantError,
 )
 from turboquant.cache import cache as cache_module
-from turboquant.cache.serialize import _namespace
 from turboquant.codec.center import KeyStatistics
 from turboquant.config import EXACT_BITS
 from turboquant.offload.container import HEADER_BYTES, Kind, write
+from turboquant.offload.snapshot import _namespace
 
 LAYERS, HEADS, DIM = 3, 2, 32
 FEW = settings(max_examples=max(10, settings().max_examples // 2))

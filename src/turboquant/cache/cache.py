@@ -234,7 +234,7 @@ class TurboQuantCache:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the whole cache to one checksummed file, as it is (packed pages, exact window, statistics)."""
-        from .serialize import save_cache
+        from ..offload.snapshot import save_cache
 
         save_cache(self, path)
 
@@ -244,7 +244,7 @@ class TurboQuantCache:
         Raises:
             CacheFileError: missing, damaged, or of another model or configuration. The cache is then unchanged.
         """
-        from .serialize import load_cache
+        from ..offload.snapshot import load_cache
 
         load_cache(self, path)
         return self
@@ -256,7 +256,7 @@ class TurboQuantCache:
         Raises:
             CacheFileError: missing or damaged.
         """
-        from .serialize import cache_from_file
+        from ..offload.snapshot import cache_from_file
 
         return cache_from_file(TurboQuantCache, path, device)
 

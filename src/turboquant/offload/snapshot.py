@@ -1,4 +1,4 @@
-"""Whole caches in one file: a container (offload/container.py) whose payload is a safetensors file."""
+"""Whole caches in one file: a container (container.py) whose payload is a safetensors file."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ..cache.layer import PackedLayer
+from ..cache.state import export_state, import_state
 from ..codec.center import Statistics
 from ..codec.rotary import Rotary
 from ..config import TurboQuantConfig
 from ..errors import CacheFileError, TurboQuantError
-from ..offload.container import Damaged, Kind, read, write
-from .layer import PackedLayer
-from .state import export_state, import_state
+from .container import Damaged, Kind, read, write
 
 if TYPE_CHECKING:
-    from .cache import TurboQuantCache
+    from ..cache.cache import TurboQuantCache
 
 _SETTINGS = "settings"
 _ADVICE = {
