@@ -70,9 +70,9 @@ def main() -> None:
     """Parse arguments and run the demonstration."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="hub id, folder or GGUF file (default: SmolLM2-135M-Instruct, fetched)")
-    parser.add_argument("--document", type=Path, help="text to read (default: the first essays, about 3,800 tokens)")
+    parser.add_argument("--document", type=Path, help="text to read (default: the first essays, about 3,000 tokens)")
     parser.add_argument("--preset", default="turboquant_3bit")
-    parser.add_argument("--max-new-tokens", type=int, default=48)
+    parser.add_argument("--max-new-tokens", type=int, default=40)
     parser.add_argument("--dir", type=Path, default=Path(".demo"), help="downloads, store and reports (default: %(default)s)")
     a = parser.parse_args()
     a.dir.mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,7 @@ def main() -> None:
     document = a.document or a.dir / "document.txt"
     if a.document is None:
         text = fetch(ASSETS[1], a.dir).read_text(encoding="utf-8")
-        document.write_text(text[:17_000].rsplit("\n\n", 1)[0], encoding="utf-8")
+        document.write_text(text[:13_500].rsplit("\n", 1)[0], encoding="utf-8")
     store = a.dir / "store"
     shutil.rmtree(store, ignore_errors=True)
     offload = ("--offload", str(store))
