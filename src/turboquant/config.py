@@ -53,8 +53,8 @@ class TurboQuantConfig:
         key_bits, value_bits: bits of keys and of values. 16 for both means an exact cache.
         rotation_type: ``"hadamard"`` (randomized, O(d log d)) or ``"orthogonal"`` (Haar, as in the paper).
         quantizer: ``"lloyd_max"``, or ``"lloyd_max_qjl"``: keys get ``key_bits - 1`` bits and a 1-bit QJL residual
-            (TurboQuant_prod). The latter is unbiased but noisier than spending the bit on the codebook: five groups
-            measured that it hurts attention, and so did we (K3 prod +90 perplexity where mse has +9). For research.
+            (TurboQuant_prod). The latter is unbiased but noisier than spending the bit on the codebook: several
+            groups measured that it hurts attention (see codec/quantizers/prod.py). For research.
         per_head_scale: every KV head has its own scale per token. False lets the heads of a token share one scale.
         sink_tokens: first tokens of every sequence kept exact.
         recent_tokens: at least this many of the last tokens are exact; a page of 64 tokens is packed when it leaves them.

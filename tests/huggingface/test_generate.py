@@ -266,3 +266,28 @@ def test_a_prompt_fed_twice_is_noticed(model: PreTrainedModel) -> None:
         with pytest.raises(TurboQuantError, match="fed again"):
             model(tokens(256), attention_mask=torch.ones(1, 256), past_key_values=cache)
     assert cache.get_seq_length() == 300
+
+
+def test_masks_prepared_by_the_caller_are_passed_on() -> None:
+    gemma, ids = build("gemma3"), tokens(80)
+    allowed = torch.ones(80, 80, dtype=torch.bool).tril()
+    near = allowed & torch.ones(80, 80, dtype=torch.bool).triu(-95)
+    masks = {"full_attention": allowed[None, None], "sliding_attention": near[None, None]}
+    with torch.no_grad():
+        want = gemma(ids, past_key_values=TurboQuantCache.for_model(gemma)).logits
+        position_ids = torch.arange(80)[None]
+        got = gemma(
+            ids, attention_mask=masks, position_ids=position_ids, past_key_values=TurboQuantCache.for_model(gemma)
+        ).logits
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+
+
+def test_inference_mode_leaves_nothing_behind_for_calls_with_gradients() -> None:
+    # A head_dim of its own, so that this test makes the shared tables.
+    model = build("llama", head_dim=48)
+    with torch.inference_mode():
+        model(tokens(400), past_key_values=TurboQuantCache.for_model(model, PACKED))
+    cache = TurboQuantCache.for_model(model, PACKED)
+    for _ in range(2):
+        out = model(tokens(400), past_key_values=cache).logits
+    assert out.isfinite().all()

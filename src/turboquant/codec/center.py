@@ -1,9 +1,9 @@
 """Key centring and balance: what makes few bits enough for real keys.
 
 *Centring* subtracts the part of the keys that all tokens share. Models with a key bias (Qwen2) put most of the key energy
-there; subtracting R_p mu, with mu the mean of the un-rotated keys, was the difference between garbage and lossless.
+there; subtracting R_p mu, with mu the mean of the un-rotated keys, leaves what tells tokens apart.
 *Balance* multiplies key channel j by s_j = (q_rms_j / k_rms_j)^e and divides the query by it: the rotation then spreads
-the error where queries are small. It halves the KL divergence on biased-key models at e = 0.25.
+the error where queries are small.
 
 Both are properties of the model, not of the text: measured on the first tokens, then frozen; they can be saved and reused.
 """

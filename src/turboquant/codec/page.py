@@ -42,11 +42,12 @@ def tree_sum(x: Tensor) -> Tensor:
 def _tables(bits: int, role: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """(thresholds, code of each rank, level of each code) on ``device``."""
     thresholds, codes = encoder_tables(bits, role)
-    return (
-        torch.from_numpy(thresholds).to(device),
-        torch.from_numpy(codes).to(device),
-        torch.from_numpy(stored_levels(bits, role)).to(device),
-    )
+    with torch.inference_mode(False):  # shared by all later calls, whatever mode the first was in
+        return (
+            torch.from_numpy(thresholds).to(device),
+            torch.from_numpy(codes).to(device),
+            torch.from_numpy(stored_levels(bits, role)).to(device),
+        )
 
 
 def _look_up(table: Tensor, index: Tensor) -> Tensor:

@@ -106,14 +106,16 @@ class Rotation:
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """(signs, Hartley matrix or None) or (matrix, None) on ``device``, made once."""
         if device not in self._tensors:
-            odd: Tensor | None = None
-            if self.kind == "orthogonal":
-                main = torch.from_numpy(haar_orthogonal(self.seed, self.dim).astype(np.float32))
-            else:
-                main = torch.from_numpy(random_signs(self.seed, self.dim))
-                if self._odd > 1:
-                    odd = torch.from_numpy(hartley(self._odd).astype(np.float32)).to(device)
-            self._tensors[device] = (main.to(device), odd)
+            # Shared by all later calls, so it must not be bound to the inference mode of the first.
+            with torch.inference_mode(False):
+                odd: Tensor | None = None
+                if self.kind == "orthogonal":
+                    main = torch.from_numpy(haar_orthogonal(self.seed, self.dim).astype(np.float32))
+                else:
+                    main = torch.from_numpy(random_signs(self.seed, self.dim))
+                    if self._odd > 1:
+                        odd = torch.from_numpy(hartley(self._odd).astype(np.float32)).to(device)
+                self._tensors[device] = (main.to(device), odd)
         return self._tensors[device]
 
     def _mix(self, x: Tensor, odd: Tensor | None) -> Tensor:

@@ -17,7 +17,7 @@ from ...codec.center import Statistics
 from ...config import TurboQuantConfig
 from ...errors import CacheFileError, TurboQuantError
 from .attention import NAME, PackedKV, register_attention
-from .model import LayerSpec, fingerprint, inspect_layers, layer_devices, text_config
+from .model import EXACT_BY_CONFIGURATION, LayerSpec, decoder_of, fingerprint, inspect_layers, layer_devices, text_config
 
 if TYPE_CHECKING:
     from ...offload.store import TurboQuantStore
@@ -169,14 +169,12 @@ class HuggingFaceCache(TurboQuantCache, Cache):  # type: ignore[misc]
 
     def __init__(
         self,
-        model_config: Any,
+        model: Any,
         specs: list[LayerSpec],
         config: TurboQuantConfig,
-        model_fingerprint: str,
+        name: str,
         statistics: Statistics | None,
         store: TurboQuantStore | None,
-        devices: list[torch.device],
-        dtype: torch.dtype,
     ) -> None:
         stores: list[PackedLayer | ForeignLayer | ExactLayer] = []
         layers: list[Any] = []
@@ -186,16 +184,17 @@ class HuggingFaceCache(TurboQuantCache, Cache):  # type: ignore[misc]
                 stores.append(
                     PackedLayer(spec.num_kv_heads, spec.head_dim, config, spec.bits, spec.rotary, spec.sliding_window, frozen)
                 )
-            elif spec.reason == "exact by configuration" and spec.sliding_window is None:
+            elif spec.reason == EXACT_BY_CONFIGURATION and spec.sliding_window is None:
                 stores.append(ExactLayer(spec.num_kv_heads, spec.head_dim))
             else:
                 stores.append(ForeignLayer(spec.exact, spec.reason))
             last = stores[-1]
             layers.append(last.layer if isinstance(last, ForeignLayer) else _StoreLayer(last, self))
         Cache.__init__(self, layers=layers)
-        self._setup(stores, config, dtype=dtype)
-        self.devices = devices
-        self.specs, self.model_config, self.model_fingerprint = specs, model_config, model_fingerprint
+        self._setup(stores, config, dtype=model.dtype)
+        self.devices = layer_devices(decoder_of(model), len(specs), model.device)
+        self.specs, self.model_config = specs, text_config(model)
+        self.model_fingerprint = name
         self.token_ids: list[int] = []
         self.store = store
         self._warned = False
@@ -246,27 +245,28 @@ class HuggingFaceCache(TurboQuantCache, Cache):  # type: ignore[misc]
 
     # -- called by the hooks on the model's decoder -----------------------------------------------------------------
 
-    def begin_forward(self, new_tokens: int, position_ids: Tensor | None, attention_mask: Tensor | None) -> None:
+    def begin_forward(self, new_tokens: int, position_ids: Tensor | None, attention_mask: Any) -> None:
         """Learn how far each row is padded, before the layers append their tokens.
 
         The centring offset of a token depends on its position, which is its index less the padding of its row.
         """
-        past = self.get_seq_length()
-        if past and attention_mask is not None and attention_mask.dim() == 2 and attention_mask.shape[1] < past + new_tokens:
+        past, stop = self.get_seq_length(), self.get_seq_length() + new_tokens
+        # Prepared masks (4-D, or one per kind of layer) say nothing of padding that could be read here.
+        mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 else None
+        if past and mask is not None and mask.shape[1] < stop:
             # Some versions of transformers (5.17) feed a prompt anew in generate(prefill_chunk_size=...) though the cache is
             # filled. The tokens would be stored twice and the answer be wrong, silently.
             raise TurboQuantError(
-                f"the attention mask covers {attention_mask.shape[1]} tokens, but the cache holds {past} and {new_tokens} are "
+                f"the attention mask covers {mask.shape[1]} tokens, but the cache holds {past} and {new_tokens} are "
                 "fed: either the prompt is fed again though the cache is filled (generate(prefill_chunk_size=...) does that in "
                 "older transformers; use turboquant.prefill instead), or the mask is too short"
             )
         if not self._padding_open or position_ids is None or position_ids.dim() != 2:
             return
-        stop = past + new_tokens
         starts = stop - 1 - position_ids[:, -1].long()
         open_rows = torch.zeros_like(starts, dtype=torch.bool)
-        if attention_mask is not None and attention_mask.dim() == 2 and attention_mask.shape[1] >= stop:
-            open_rows = attention_mask[:, stop - 1].to(starts.device) == 0
+        if mask is not None and mask.shape[1] >= stop:
+            open_rows = mask[:, stop - 1].to(starts.device) == 0
             starts = torch.where(open_rows, torch.full_like(starts, stop), starts)
         previous = next((s.starts for s in self._stores if isinstance(s, PackedLayer)), None)
         if past:
@@ -317,17 +317,15 @@ def cache_for_model(
 ) -> HuggingFaceCache:
     """See :meth:`TurboQuantCache.for_model`."""
     register_attention()
-    text = text_config(model)
     specs = inspect_layers(model, config)
     name = fingerprint(model)
     if isinstance(statistics, (str, os.PathLike)):
         statistics = Statistics.load(statistics)
     if statistics is not None and statistics.model not in ("", name):
         raise CacheFileError("these statistics were measured on another model; measure them again for this one")
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    decoder = decoder_of(model)
     if not getattr(decoder, _HOOKED, False):
         decoder.register_forward_pre_hook(_before, with_kwargs=True)
         decoder.register_forward_hook(_after, with_kwargs=True)
         setattr(decoder, _HOOKED, True)
-    devices = layer_devices(decoder, len(specs), model.device)
-    return HuggingFaceCache(text, specs, config, name, statistics, store, devices, model.dtype)
+    return HuggingFaceCache(model, specs, config, name, statistics, store)

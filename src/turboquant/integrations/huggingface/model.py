@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...codec.layout import MAX_HEAD_DIM, MIN_HEAD_DIM
+from ...arithmetic import LayerShape
 from ...codec.rotary import Pairing, Rotary
 from ...config import EXACT_BITS, TurboQuantConfig
 from ...errors import UnsupportedModelError
+
+EXACT_BY_CONFIGURATION = "exact by configuration"
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +65,11 @@ def text_config(model: Any) -> Any:
     return config.get_text_config(decoder=True)
 
 
+def decoder_of(model: Any) -> Any:
+    """The module that holds the model's attention layers and is called with the cache."""
+    return model.get_decoder() if hasattr(model, "get_decoder") else model
+
+
 def inspect_layers(model: Any, config: TurboQuantConfig) -> list[LayerSpec]:
     """Decide for every layer of ``model`` whether and how it is compressed.
 
@@ -73,7 +80,7 @@ def inspect_layers(model: Any, config: TurboQuantConfig) -> list[LayerSpec]:
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
     text = text_config(model)
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    decoder = decoder_of(model)
     dense = DynamicCache(config=text).layers
     if not dense:
         raise UnsupportedModelError(f"{text.model_type}: its configuration does not name any cache layers")
@@ -93,12 +100,10 @@ def inspect_layers(model: Any, config: TurboQuantConfig) -> list[LayerSpec]:
             reason = "chunked attention"
         elif getattr(c, "kv_lora_rank", None):
             reason = "multi-head latent attention (MLA): keys and values differ in size and are low-rank already"
-        elif not MIN_HEAD_DIM <= dim <= MAX_HEAD_DIM:
-            reason = f"head_dim {dim} is outside {MIN_HEAD_DIM} to {MAX_HEAD_DIM}"
+        elif why := LayerShape(heads, dim, window).why_exact(config):
+            reason = why
         elif bits[0] == EXACT_BITS:
-            reason = "exact by configuration"
-        elif window is not None and window <= config.sink_tokens + config.recent_tokens + 64:
-            reason = f"sliding window of {window} tokens fits in the exact window"
+            reason = EXACT_BY_CONFIGURATION
         rotary: Rotary | None = None
         note = ""
         if not reason and config.key_center == "rope_mean":
@@ -236,8 +241,6 @@ def fingerprint(model: Any) -> str:
     skip = ("_name_or_path", "transformers_version", "_attn_implementation", "use_cache", "dtype", "torch_dtype")
     settings = {k: v for k, v in text.to_dict().items() if k not in skip and not k.startswith("_")}
     h = hashlib.blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=16)
-    for name, p in sorted(
-        model.get_decoder().named_parameters() if hasattr(model, "get_decoder") else model.named_parameters()
-    ):
+    for name, p in sorted(decoder_of(model).named_parameters()):
         h.update(f"{name} {tuple(p.shape)} {p.dtype} {_bit_sum(p.detach())}".encode())
     return h.hexdigest()
