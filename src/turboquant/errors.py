@@ -25,3 +25,7 @@ class UnsupportedModelError(TurboQuantError, NotImplementedError):
 
 class CacheFileError(TurboQuantError, ValueError):
     """A saved cache or statistics file is damaged or belongs to another model or configuration."""
+
+
+class KernelError(TurboQuantError, RuntimeError):
+    """A CUDA kernel does not compile, load or launch; the message says which one and what the compiler or driver said."""

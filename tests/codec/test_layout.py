@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from turboquant.codec.codebook import Density, coordinate_density, expected_error, lloyd_max
-from turboquant.codec.layout import PAGE_TOKENS, PageLayout, encoder_tables, level_gain, lut_bytes, stored_levels
+from turboquant.codec.layout import (
+    PAGE_TOKENS,
+    PageLayout,
+    codes_of,
+    encoder_bounds,
+    level_gain,
+    lut_bytes,
+    magnitudes,
+    stored_levels,
+)
 from turboquant.errors import ConfigError
 
 DIMS = [33, 64, 72, 80, 96, 100, 112, 120, 128, 192, 256, 512]
@@ -236,17 +245,34 @@ def error(levels: Sequence[float], gain: float) -> float:
 
 
 @pytest.mark.parametrize(("bits", "role"), BITS_AND_ROLES)
-def test_levels_are_byte_pairs(bits: int, role: str) -> None:
+def test_levels_are_exact_in_half_precision(bits: int, role: str) -> None:
     levels = stored_levels(bits, role)
     assert levels.shape == (2**bits,)
     assert levels.dtype == np.float32
-    halves = levels.astype(np.float16)
-    np.testing.assert_array_equal(halves.astype(np.float32), levels)
-    raw = halves.view(np.uint16)
+    np.testing.assert_array_equal(levels.astype(np.float16).astype(np.float32), levels)
+    assert len(set(levels.tolist())) == 2**bits
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_value_levels_are_byte_pairs(bits: int) -> None:
+    raw = stored_levels(bits, "value").astype(np.float16).view(np.uint16)
     high, low = raw >> 8, raw & 0xFF
     np.testing.assert_array_equal(high & 0x7F, low & 0x7F)
-    assert {int(x) & 0x7F for x in high} == {x & 0x7F for x in lut_bytes(bits, role)}
-    assert len(set(levels.tolist())) == 2**bits
+    assert {int(x) & 0x7F for x in high} == {x & 0x7F for x in lut_bytes(bits, "value")}
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_key_levels_are_signed_bytes(bits: int) -> None:
+    # What an int8 tensor core is given: look-up bytes, with the sign plane put in by bit 7 (1 bit) or by complement (4 bits).
+    looked_up = [x - 256 if x > 127 else x for x in lut_bytes(bits, "key")]
+    if bits == 1:
+        looked_up += [(x ^ 0x80) - 256 for x in looked_up]
+    if bits == 4:
+        looked_up += [~x for x in looked_up]
+    assert all(-128 <= x <= 127 for x in looked_up)
+    levels = (np.array(looked_up) + (0.5 if bits == 4 else 0)) / 64
+    np.testing.assert_array_equal(stored_levels(bits, "key"), levels)
+    np.testing.assert_array_equal(np.sort(levels), np.sort(-levels))
 
 
 @pytest.mark.parametrize(("bits", "role"), BITS_AND_ROLES)
@@ -262,64 +288,74 @@ def test_order_of_the_codes(bits: int, role: str) -> None:
         assert (np.diff(levels[half:]) < 0).all()
 
 
-def test_sign_of_four_bit_levels() -> None:
-    # Keys flip the sign of the high byte only, so magnitudes agree; values flip both bytes.
-    key, value = (stored_levels(4, role).astype(np.float16).view(np.uint16) for role in ROLES)
-    np.testing.assert_array_equal(key[8:] ^ key[:8], np.full(8, 0x8000))
-    np.testing.assert_array_equal(value[8:] ^ value[:8], np.full(8, 0x8080))
+def test_sign_of_values() -> None:
+    # Values flip the sign of both bytes at 4 bits, of the high byte only at 1 bit.
+    four, one = (stored_levels(bits, "value").astype(np.float16).view(np.uint16) for bits in (4, 1))
+    np.testing.assert_array_equal(four[8:] ^ four[:8], np.full(8, 0x8080))
+    assert one[1] ^ one[0] == 0x8000
 
 
 @pytest.mark.parametrize(
     ("bits", "role", "percent"),
     [
-        pytest.param(1, "key", 0.0, id="1bit"),
-        pytest.param(2, "key", 0.24, id="2bit"),
-        pytest.param(3, "key", 1.75, id="3bit"),
-        pytest.param(4, "key", 5.4, id="key-4bit"),
+        pytest.param(1, "key", 0.0, id="key-1bit"),
+        pytest.param(2, "key", 0.0, id="key-2bit"),
+        pytest.param(3, "key", 0.002, id="key-3bit"),
+        pytest.param(4, "key", 0.045, id="key-4bit"),
+        pytest.param(1, "value", 0.0, id="value-1bit"),
+        pytest.param(2, "value", 0.24, id="value-2bit"),
+        pytest.param(3, "value", 1.75, id="value-3bit"),
         pytest.param(4, "value", 6.7, id="value-4bit"),
     ],
 )
 def test_cost_over_lloyd_max(bits: int, role: str, percent: float) -> None:
     cost = error(stored_levels(bits, role), level_gain(bits, role)) / lloyd_max(bits).distortion - 1
-    assert 100 * cost == pytest.approx(percent, abs=0.1)
+    assert 100 * cost == pytest.approx(percent, abs=0.005 if role == "key" else 0.1)
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3])
-def test_keys_and_values_share_levels_below_four_bits(bits: int) -> None:
-    np.testing.assert_array_equal(stored_levels(bits, "key"), stored_levels(bits, "value"))
-    assert level_gain(bits, "key") == level_gain(bits, "value")
-
-
-def byte_levels(table: Sequence[int], bits: int, role: str) -> np.ndarray:
+def levels_of(table: Sequence[int], bits: int, role: str) -> np.ndarray:
     """Levels of look-up bytes, after the module's description."""
+    if role == "key":
+        x = np.array(table, dtype=np.uint8).view(np.int8).astype(np.float64)
+        if bits == 4:
+            return np.concatenate((x + 0.5, -x - 0.5)) / 64
+        return (np.concatenate((x, -x)) if bits == 1 else x) / 64
     raw = [x << 8 | x for x in table]
     if bits in (1, 4):
-        raw += [r | (0x8080 if role == "value" and bits == 4 else 0x8000) for r in raw]
+        raw += [r | (0x8080 if bits == 4 else 0x8000) for r in raw]
     return np.array(raw, dtype=np.uint16).view(np.float16).astype(np.float64)
 
 
-@pytest.mark.parametrize(("bits", "role"), [(1, "key"), (2, "key"), (3, "key"), (4, "key"), (4, "value")])
+@pytest.mark.parametrize(("bits", "role"), BITS_AND_ROLES)
 def test_no_neighbouring_table_is_better(bits: int, role: str) -> None:
     table, gain = lut_bytes(bits, role), level_gain(bits, role)
-    np.testing.assert_array_equal(byte_levels(table, bits, role), stored_levels(bits, role))
+    np.testing.assert_array_equal(levels_of(table, bits, role), stored_levels(bits, role))
     best = error(stored_levels(bits, role), gain)
     tables = [table]
     for i, step in itertools.product(range(len(table)), (-1, 1)):
         tables.append((*table[:i], table[i] + step, *table[i + 1 :]))
     for t, factor in itertools.product(tables, (0.99, 0.995, 1.0, 1.005, 1.01)):
-        levels = byte_levels(t, bits, role)
+        levels = levels_of(t, bits, role)
         if len(set(levels)) == 2**bits:
             assert error(levels, gain * factor) >= best * 0.999, (t, factor)
 
 
 @pytest.mark.parametrize(("bits", "role"), BITS_AND_ROLES)
 def test_encoder_picks_the_nearest_level(bits: int, role: str) -> None:
-    thresholds, codes = encoder_tables(bits, role)
-    assert thresholds.dtype == np.float32
-    assert codes.dtype == np.uint8
-    assert sorted(codes.tolist()) == list(range(2**bits))
+    middle, shifts, bounds = encoder_bounds(bits, role)
+    assert bounds.dtype == shifts.dtype == np.float32
+    assert bounds.shape == shifts.shape == (2 ** (bits - 1) - 1,)
+    if role == "key":
+        assert middle == 0
+        assert not shifts.any()
     x = np.linspace(-4, 4, 10_007)
-    chosen = codes[np.searchsorted(thresholds, x.astype(np.float32))]
-    distance = np.abs(x[:, None] - stored_levels(bits, role)[None] / level_gain(bits, role))
-    picked = np.take_along_axis(distance, chosen[:, None].astype(np.int64), axis=1)[:, 0]
+    number = (np.abs(x[:, None] - shifts) > bounds).sum(1).astype(np.uint8)
+    negative = x < middle
+    codes = codes_of(torch.from_numpy(number), torch.from_numpy(negative), bits)
+    assert codes.dtype == torch.uint8
+    assert sorted(set(codes.tolist())) == list(range(2**bits))
+    levels, (above, below) = stored_levels(bits, role), magnitudes(bits, role)
+    np.testing.assert_array_equal(levels[codes.numpy()], np.where(negative, -below[number], above[number]))
+    distance = np.abs(x[:, None] - levels[None] / level_gain(bits, role))
+    picked = np.take_along_axis(distance, codes.numpy()[:, None].astype(np.int64), axis=1)[:, 0]
     np.testing.assert_allclose(picked, distance.min(1), atol=1e-6)

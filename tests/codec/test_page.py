@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from turboquant.codec.codebook import coordinate_density
-from turboquant.codec.layout import PAGE_TOKENS, PageLayout, encoder_tables, stored_levels
+from turboquant.codec.layout import PAGE_TOKENS, PageLayout, level_gain, stored_levels
 from turboquant.codec.page import PageCodec, tree_sum
 from turboquant.codec.rotation import gaussian
 
@@ -50,20 +50,21 @@ def expected(bits: int, role: str, dim: int) -> float:
     x = np.linspace(-edge, edge, 400_001)
     p = density(x)
     p /= p.sum()
-    thresholds, codes = encoder_tables(bits, role)
-    level = stored_levels(bits, role)[codes[np.searchsorted(thresholds, x.astype(np.float32))]].astype(np.float64)
+    levels = np.sort(stored_levels(bits, role)).astype(np.float64)
+    bounds = (levels[1:] + levels[:-1]) / 2 / level_gain(bits, role)
+    level = levels[np.searchsorted(bounds, x)]
     c = float((p * x * level).sum() / math.sqrt((p * level * level).sum()))
     return 2 - 2 * c if role == "key" else 1 - c * c
 
 
 # At head_dim 64 a scale per vector gains another 1 to 3 % over the expectation above (a term in 1/d): means of 50,000 vectors.
 MEASURED_64 = {
-    (2, "key"): 0.1168,
-    (2, "value"): 0.1134,
-    (3, "key"): 0.0335,
-    (3, "value"): 0.0332,
-    (4, "key"): 0.00935,
-    (4, "value"): 0.00947,
+    (2, "key"): 0.1165,
+    (2, "value"): 0.1131,
+    (3, "key"): 0.0328,
+    (3, "value"): 0.0331,
+    (4, "key"): 0.00887,
+    (4, "value"): 0.00944,
 }
 
 
@@ -88,8 +89,9 @@ def test_error_of_odd_head_dims(dim: int) -> None:
     key, value = sample(dim)
     c = codec(dim, 4, 2)
     decoded_key, decoded_value = c.dequantize(c.encode(key, value))
-    assert relative_error(key, decoded_key) == pytest.approx(expected(4, "key", dim), rel=0.06)
-    assert relative_error(value, decoded_value) == pytest.approx(expected(2, "value", dim), rel=0.06)
+    # The gain from a scale per vector (see MEASURED_64) is 6 % at 4 bits and head_dim 33, and falls with 1/d.
+    assert relative_error(key, decoded_key) == pytest.approx(expected(4, "key", dim) * (1 - 2.1 / dim), rel=0.03)
+    assert relative_error(value, decoded_value) == pytest.approx(expected(2, "value", dim) * (1 - 0.9 / dim), rel=0.03)
 
 
 @pytest.mark.parametrize("rotation", ROTATIONS)
@@ -312,25 +314,25 @@ def test_decoding_in_the_rotated_domain_is_the_same_vector(qjl: bool) -> None:
 def test_tree_sum(n: int, rows: int) -> None:
     x = randn(rows, n, seed=n)
     torch.testing.assert_close(tree_sum(x), x.double().sum(-1).float(), atol=1e-5, rtol=1e-5)
-    # The documented order: halves are added, an odd last element is carried.
+    # The documented order: neighbours are added, an odd last element is carried.
     parts = [x[:, i] for i in range(n)]
     while len(parts) > 1:
         half = len(parts) // 2
-        parts = [parts[i] + parts[half + i] for i in range(half)] + parts[2 * half :]
+        parts = [parts[2 * i] + parts[2 * i + 1] for i in range(half)] + parts[2 * half :]
     assert torch.equal(tree_sum(x), parts[0])
 
 
 # If one of these changes, stored pages of earlier versions can no longer be read: raise LAYOUT_VERSION or CODEBOOK_ID.
 GOLDEN = {
-    (64, 2, 2, False): "58903825e1bd97c220eeb1a63ee08f4f",
-    (64, 2, 3, True): "9f68b12f255462020f4c2c0a0c8d84db",
-    (80, 4, 1, False): "24f8aa1617ac9fda04b9c961be828fdd",
-    (96, 3, 4, False): "9faa0472908134b0191eedada66fbff4",
-    (100, 3, 3, False): "d7818207568ff7069ef786c1d92dc902",
-    (128, 3, 3, False): "54bb82780748955710eb7fdbca162c8f",
-    (128, 3, 2, False): "584b6e15f3bbb3c32416ab527a662775",
-    (128, 4, 4, False): "6d6814d6c3db8fdf9eea081ff4aacd55",
-    (256, 1, 2, False): "f791d754747d7b773df23edad531a23b",
+    (64, 2, 2, False): "792a52c1b73efb58cddc3fee0db106df",
+    (64, 2, 3, True): "af84b9893d3b87863908bdd5e68d4806",
+    (80, 4, 1, False): "9d705c289717e6d640fc5dbb06a64672",
+    (96, 3, 4, False): "b2920d686228704b36b148500c834c99",
+    (100, 3, 3, False): "04df60b404c351c2259bf6ddc16bc490",
+    (128, 3, 3, False): "daaedadb8d4e8a0217f7823b7afe9a65",
+    (128, 3, 2, False): "4e4257c515a7ca9451073d080508be5c",
+    (128, 4, 4, False): "3ad8880cbf4c77bd1420629c777fe158",
+    (256, 1, 2, False): "2d01bb2bf0f6b4adc3a0172314f92089",
 }
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..config import MAX_STATISTICS_TOKENS, KeyCenter
 from ..errors import CacheFileError
+from .layout import PAGE_TOKENS
 from .rotary import Rotary
 
 #: Attention sinks have unlike norms and would dominate the mean squares; the first tokens are left out of the balance.
@@ -52,6 +53,12 @@ class KeyStatistics:
 class KeyTransform:
     """Centring and balance of one layer's keys; the identity where ``statistics`` is None.
 
+    The offset of token j of a page whose first position is p is taken in two float32 steps, ``R_p (R_j mu)``: first the table
+    of ``R_j mu``, j < 64, then one turn by the page's angles. Kernels do the same, so all find the same bits.
+
+    Positions given to the methods are (rows, tokens), consecutive within a row and beginning with a page: every 64th of them
+    is the first position of a page (negative at left padding).
+
     Args:
         statistics: frozen statistics, or None for ``key_center="none"``.
         rotary: the layer's rotary embedding, or None (a constant mean).
@@ -59,44 +66,85 @@ class KeyTransform:
 
     statistics: KeyStatistics | None
     rotary: Rotary | None
+    _held: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict, init=False, repr=False)
 
-    def offset(self, positions: Tensor) -> Tensor | None:
-        """R_p mu, float32 (rows, heads, tokens, head_dim), for ``positions`` (rows, tokens)."""
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: statistics, and the tables made of them so far."""
+        own = () if self.statistics is None else (self.statistics.mean, self.statistics.balance)
+        held = {t.untyped_storage().data_ptr(): t.nbytes for t in (*own, *self._held.values()) if t is not None}
+        return sum(held.values())
+
+    def table(self, device: torch.device) -> Tensor | None:
+        """R_j mu for j < 64, float32 (heads, 64, head_dim), contiguous; made once per device. None without statistics."""
         if self.statistics is None:
             return None
-        mean = self.statistics.mean.to(positions.device)[None, :, None, :]
-        if self.rotary is None:
-            return mean.expand(positions.shape[0], -1, positions.shape[1], -1)
-        cos, sin = self.rotary.cos_sin(positions)
-        return self.rotary.apply(mean.expand(positions.shape[0], -1, positions.shape[1], -1), cos[:, None], sin[:, None])
+        if ("table", device) not in self._held:
+            with torch.inference_mode(False):  # shared by all later calls, whatever mode the first was in
+                mean = self.statistics.mean.detach().to(device, torch.float32)[:, None].expand(-1, PAGE_TOKENS, -1)
+                if self.rotary is not None:
+                    cos, sin = self.rotary.cos_sin(torch.arange(PAGE_TOKENS))
+                    mean = self.rotary.apply(mean, cos.to(device), sin.to(device))
+                self._held["table", device] = mean.contiguous()
+        return self._held["table", device]
+
+    def balance(self, device: torch.device) -> Tensor | None:
+        """The balance on ``device``, float32 (heads, head_dim), made once; None without one."""
+        if self.statistics is None or self.statistics.balance is None:
+            return None
+        if ("balance", device) not in self._held:
+            with torch.inference_mode(False):
+                self._held["balance", device] = self.statistics.balance.detach().to(device, torch.float32).contiguous()
+        return self._held["balance", device]
+
+    def page_offset(self, cos: Tensor, sin: Tensor) -> Tensor | None:
+        """R_p mu of whole pages, float32 (rows, heads, pages * 64, head_dim), given cos and sin (rows, pages, pairs) at
+        their first positions (see :class:`~turboquant.codec.rotary.PageAngles`; ignored for a constant mean).
+        """
+        table = self.table(cos.device)
+        if table is None:
+            return None
+        rows, pages = cos.shape[:2]
+        spread = table[None, :, None]
+        if self.rotary is not None:
+            spread = self.rotary.apply(spread, cos[:, None, :, None], sin[:, None, :, None])
+        return spread.expand(rows, -1, pages, -1, -1).flatten(2, 3)
+
+    def offset(self, positions: Tensor) -> Tensor | None:
+        """R_p mu, float32 (rows, heads, tokens, head_dim), for ``positions`` (rows, tokens) from a page's first on."""
+        if self.statistics is None:
+            return None
+        first = positions[:, ::PAGE_TOKENS]
+        cos, sin = (first[..., None],) * 2 if self.rotary is None else self.rotary.cos_sin(first)
+        offset = self.page_offset(cos, sin)
+        return None if offset is None else offset[:, :, : positions.shape[1]]
 
     def coded_offset(self, positions: Tensor) -> Tensor | None:
         """The balanced offset: what balanced keys have more than coded ones, like :meth:`offset`."""
-        offset, s = self.offset(positions), self._balance(positions.device)
+        offset, s = self.offset(positions), self._factors(positions.device)
         return offset if offset is None or s is None else offset * s
 
     def forward(self, keys: Tensor, positions: Tensor) -> Tensor:
         """Keys (batch, heads, tokens, head_dim) as they are coded: centred, then balanced, float32."""
         offset = self.offset(positions)
         x = keys.float() if offset is None else keys.float() - offset
-        return x if (s := self._balance(keys.device)) is None else x * s
+        return x if (s := self._factors(keys.device)) is None else x * s
 
     def inverse(self, coded: Tensor, positions: Tensor) -> Tensor:
         """Undo :meth:`forward`."""
-        s = self._balance(coded.device)
+        s = self._factors(coded.device)
         x = coded if s is None else coded / s
         offset = self.offset(positions)
         return x if offset is None else x + offset
 
     def scale_query(self, grouped: Tensor) -> Tensor:
         """Queries (batch, kv heads, group, tokens, head_dim) divided by the balance, to meet coded keys."""
-        s = self._balance(grouped.device)
+        s = self._factors(grouped.device)
         return grouped if s is None else grouped / s[:, None]
 
-    def _balance(self, device: torch.device) -> Tensor | None:
-        if self.statistics is None or self.statistics.balance is None:
-            return None
-        return self.statistics.balance.to(device)[:, None, :]
+    def _factors(self, device: torch.device) -> Tensor | None:
+        s = self.balance(device)
+        return None if s is None else s[:, None, :]
 
 
 def unrotate(keys: Tensor, positions: Tensor, rotary: Rotary | None) -> Tensor:
@@ -135,9 +183,12 @@ def measure(
 
 
 def _turn(mean: Tensor, positions: Tensor, rotary: Rotary | None) -> Tensor:
-    offset = KeyTransform(KeyStatistics(mean), rotary).offset(positions)
-    assert offset is not None
-    return offset
+    """R_p mu directly, for any positions (before there are pages)."""
+    spread = mean[None, :, None]
+    if rotary is None:
+        return spread
+    cos, sin = rotary.cos_sin(positions)
+    return rotary.apply(spread, cos[:, None], sin[:, None])
 
 
 class QuerySquares:

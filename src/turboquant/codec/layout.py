@@ -24,9 +24,14 @@ A plane starts with the rows of all 64 tokens. Head dims that are no multiple of
     fewer left over (100, 72, ...): after that, for each bit of the plane (low first) and each such dim, 64 bits, bit t for
         token t.
 
-K and V use the same arrangement. Scales multiply :func:`stored_levels`, the *byte-pair* levels: each level is an fp16 number
-whose high and low byte are equal (up to the sign bit), so a kernel makes it from one looked-up byte. Measured cost over exact
-Lloyd-Max levels, mean squared error on N(0,1): 2 bits +0.24 %, 3 bits +1.75 %, 4 bits +5.4 % (K) and +6.7 % (V).
+K and V use the same arrangement. Scales multiply :func:`stored_levels`, each of which a kernel makes from one looked-up byte:
+
+    keys: int8 levels in units of 1/64, for int8 tensor cores: byte / 64 at 1 to 3 bits, (byte + 0.5) / 64 at 4 bits, where the
+        sign plane complements the byte (~m = -m - 1).
+    values: byte pairs, fp16 numbers whose high and low byte are equal (up to the sign bit).
+
+All are exact in fp16. Measured cost over exact Lloyd-Max levels, mean squared error on N(0,1): keys 0.00 % (2 bits), 0.00 %
+(3 bits), 0.04 % (4 bits); values 0.24 %, 1.75 %, 6.7 %.
 """
 
 from __future__ import annotations
@@ -42,7 +47,7 @@ from ..errors import ConfigError
 
 PAGE_TOKENS = 64
 LAYOUT_VERSION = 1
-CODEBOOK_ID = 1
+CODEBOOK_ID = 2
 MIN_HEAD_DIM, MAX_HEAD_DIM = 32, 512
 _SCALE_BYTES = 2 * PAGE_TOKENS
 
@@ -51,58 +56,100 @@ PLANES: dict[int, tuple[str, ...]] = {1: ("C",), 2: ("A",), 3: ("A", "B"), 4: ("
 _PLANE_BITS = {"A": 2, "B": 1, "C": 1}
 _PLANE_SHIFT = {"A": 0, "B": 2, "C": 3}
 
-# Bytes x: level = fp16 with bits x << 8 | x. Found by search over all byte choices and scales for the least mean squared
-# error on N(0,1) (tests/codec/test_layout.py repeats the comparison). Ascending codes for 2 and 3 bits; magnitudes for 4.
-_BYTES_2 = (0xBF, 0xB8, 0x38, 0x3F)
-_BYTES_3 = (0xC0, 0xBD, 0xBA, 0xB4, 0x33, 0x3A, 0x3D, 0x40)
-_BYTES_4 = {
-    "key": (0x33, 0x39, 0x3C, 0x3E, 0x40, 0x41, 0x42, 0x44),
-    "value": (0x31, 0x38, 0x3B, 0x3D, 0x3F, 0x40, 0x41, 0x43),
+# Bytes and gains below were found by search over all byte choices and scales for the least mean squared error on N(0,1)
+# (tests/codec/test_layout.py repeats the comparison). Ascending codes for 2 and 3 bits; magnitudes for 1 and 4.
+_BYTES: dict[tuple[int, str], tuple[int, ...]] = {
+    # int8: level = byte / 64, at 4 bits (byte + 0.5) / 64
+    (1, "key"): (0x40,),
+    (2, "key"): (0x92, 0xDF, 0x21, 0x6E),  # -110 -33 33 110
+    (3, "key"): (0xA8, 0xC9, 0xE1, 0xF6, 0x0A, 0x1F, 0x37, 0x58),  # -88 -55 -31 -10 10 31 55 88
+    (4, "key"): (0x05, 0x10, 0x1B, 0x27, 0x34, 0x43, 0x56, 0x72),  # 5 16 27 39 52 67 86 114
+    # byte pairs x: level = fp16 with bits x << 8 | x
+    (1, "value"): (0x3C,),
+    (2, "value"): (0xBF, 0xB8, 0x38, 0x3F),
+    (3, "value"): (0xC0, 0xBD, 0xBA, 0xB4, 0x33, 0x3A, 0x3D, 0x40),
+    (4, "value"): (0x31, 0x38, 0x3B, 0x3D, 0x3F, 0x40, 0x41, 0x43),
 }
-_ONE_BIT_BYTE = 0x3C
 # The number by which unit-variance data is multiplied to meet the levels.
-_GAIN = {(1, "key"): 1.3268, (2, "key"): 1.23932, (3, "key"): 1.03719, (4, "key"): 1.57589, (4, "value"): 1.38139}
-
-
-def _half(high: int, low: int) -> float:
-    return float(np.array([high << 8 | low], dtype=np.uint16).view(np.float16)[0])
+_GAIN = {
+    (1, "key"): 1.253314,
+    (2, "key"): 1.137981,
+    (3, "key"): 0.63916,
+    (4, "key"): 0.654051,
+    (1, "value"): 1.3268,
+    (2, "value"): 1.23932,
+    (3, "value"): 1.03719,
+    (4, "value"): 1.38139,
+}
 
 
 def lut_bytes(bits: int, role: str) -> tuple[int, ...]:
-    """The bytes a kernel looks up: by code for 2 and 3 bits, by magnitude for 4, one magnitude for 1."""
-    table = {1: (_ONE_BIT_BYTE,), 2: _BYTES_2, 3: _BYTES_3, 4: _BYTES_4[role]}
-    return table[bits]
+    """The bytes a kernel looks up: by code for 2 and 3 bits, by magnitude for 4, one magnitude for 1.
+
+    Args:
+        bits: 1 to 4.
+        role: ``"key"`` (int8, two's complement) or ``"value"`` (byte of a byte pair).
+    """
+    return _BYTES[bits, role]
 
 
 def stored_levels(bits: int, role: str) -> np.ndarray:
     """The level of every code, indexed by code, float32 (each is exactly an fp16 number).
 
+    At 1 and 4 bits the sign plane flips the sign: of keys by bit 7 (1 bit) or by complementing the byte (4 bits), of values
+    by the sign bit of the high byte (1 bit) or of both bytes (4 bits; that saves an instruction when two tokens are paired).
+
     Args:
         bits: 1 to 4.
-        role: ``"key"`` or ``"value"``. They differ at 4 bits: kernels flip only the high byte's sign for keys, both bytes'
-            for values (that saves an instruction when two tokens are paired).
+        role: ``"key"`` or ``"value"``.
     """
-    table = lut_bytes(bits, role)
-    if bits in (2, 3):
-        return np.array([_half(x, x) for x in table], dtype=np.float32)
-    low_sign = 0x80 if role == "value" and bits == 4 else 0
-    positive = [_half(x, x) for x in table]
-    negative = [_half(x | 0x80, x | low_sign) for x in table]
-    return np.array(positive + negative, dtype=np.float32)
+    table = np.array(lut_bytes(bits, role), dtype=np.uint8)
+    if role == "key":
+        if bits == 1:
+            table = np.concatenate((table, table ^ 0x80))
+        elif bits == 4:
+            table = np.concatenate((table, ~table))
+        return ((table.view(np.int8).astype(np.float32) + (0.5 if bits == 4 else 0.0)) / 64).astype(np.float32)
+    pairs = table.astype(np.uint16) * 0x101
+    if bits in (1, 4):
+        pairs = np.concatenate((pairs, pairs ^ (0x8000 if bits == 1 else 0x8080))).astype(np.uint16)
+    return pairs.view(np.float16).astype(np.float32)
 
 
 def level_gain(bits: int, role: str) -> float:
     """Unit-variance data times this number meets :func:`stored_levels` at the least mean squared error."""
-    return _GAIN.get((bits, role), _GAIN[(bits, "key")])
+    return _GAIN[bits, role]
+
+
+def magnitudes(bits: int, role: str) -> np.ndarray:
+    """Absolute levels, ascending, of the positive and the negative ones: float32 (2, 2^(bits - 1)). They differ for values."""
+    levels = np.sort(stored_levels(bits, role))
+    half = len(levels) // 2
+    return np.stack((levels[half:], -levels[:half][::-1]))
 
 
 @functools.lru_cache(maxsize=64)
-def encoder_tables(bits: int, role: str) -> tuple[np.ndarray, np.ndarray]:
-    """(thresholds, code of each rank): ``code = codes[searchsorted(thresholds, x / rms(x))]``, float32 and uint8."""
-    levels = stored_levels(bits, role).astype(np.float64) / level_gain(bits, role)
-    order = np.argsort(levels)
-    ranked = levels[order]
-    return ((ranked[1:] + ranked[:-1]) / 2).astype(np.float32), order.astype(np.uint8)
+def encoder_bounds(bits: int, role: str) -> tuple[float, np.ndarray, np.ndarray]:
+    """(middle, shifts, bounds) that choose the nearest level, in units of the root mean square.
+
+    With all of them multiplied by the rms, a coordinate y is negative if ``y - middle`` has its sign bit set, and takes the
+    magnitude whose number is how many k fulfil ``|y - shifts[k]| > bounds[k]``. Shifts and middle are zero for keys.
+
+    Returns:
+        A float32 number, and two float32 arrays (2^(bits - 1) - 1,), bounds ascending.
+    """
+    positive, negative = magnitudes(bits, role).astype(np.float64) / level_gain(bits, role)
+    plus, minus = (positive[1:] + positive[:-1]) / 2, (negative[1:] + negative[:-1]) / 2
+    middle = float(np.float32((positive[0] - negative[0]) / 2))
+    return middle, ((plus - minus) / 2).astype(np.float32), ((plus + minus) / 2).astype(np.float32)
+
+
+def codes_of(magnitude: Tensor, negative: Tensor, bits: int) -> Tensor:
+    """Codes, uint8, of magnitude numbers (uint8, as in :func:`magnitudes`) and signs (bool, True for negative)."""
+    if bits in (1, 4):
+        return magnitude | (negative.to(torch.uint8) << (bits - 1))
+    half = 2 ** (bits - 1)
+    return (magnitude | half) ^ (negative.to(torch.uint8) * (2 * half - 1))
 
 
 def _plane_bytes(plane: str, dim: int) -> int:

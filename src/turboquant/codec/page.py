@@ -2,7 +2,13 @@
 
 Arithmetic is fixed so that other implementations can produce the same bytes: float32 throughout, butterflies in the order
 of :func:`~turboquant.codec.rotation.fwht`, sums of squares and products by :func:`tree_sum`, IEEE square root and division,
-no fused multiply-add, scales rounded to fp16 (nearest even).
+no fused multiply-add, scales rounded to fp16 (nearest even). A vector y is coded so:
+
+    norm2 = tree_sum(y y), rms = sqrt(norm2 * float32(1 / d))
+    code of a coordinate: :func:`~turboquant.codec.layout.encoder_bounds`, each number of which is multiplied by rms
+    squares = 0 + n_1 s_1 + n_2 s_2 + ... in this order: n_i coordinates have a level of square s_i (rounded to float32), the
+        positive and then the negative level of each magnitude, magnitudes ascending
+    scale of a key = sqrt(norm2 / squares), of a value = tree_sum(y level) / squares
 """
 
 from __future__ import annotations
@@ -14,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .layout import PAGE_TOKENS, PageLayout, encoder_tables, stored_levels
+from .layout import PAGE_TOKENS, PageLayout, codes_of, encoder_bounds, magnitudes, stored_levels
 from .rotation import Rotation, RotationType, get_rotation
 
 _HALF_MAX = 65504.0
@@ -28,26 +34,24 @@ def stream_seed(seed: int, stream: int) -> int:
 
 
 def tree_sum(x: Tensor) -> Tensor:
-    """Sum of the last axis in a fixed order: halves are added until one is left (an odd last element is carried)."""
+    """Sum of the last axis in a fixed order: neighbours are added until one is left (an odd last element is carried).
+
+    So runs of 2, 4, 8, ... elements are summed first, which a GPU lane does within its registers.
+    """
     while x.shape[-1] > 1:
         n = x.shape[-1] // 2
         rest = x[..., 2 * n :]
-        x = x[..., :n] + x[..., n : 2 * n]
+        x = x[..., 0 : 2 * n : 2] + x[..., 1 : 2 * n : 2]
         if rest.shape[-1]:
             x = torch.cat((x, rest), dim=-1)
     return x[..., 0]
 
 
 @functools.lru_cache(maxsize=64)
-def _tables(bits: int, role: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """(thresholds, code of each rank, level of each code) on ``device``."""
-    thresholds, codes = encoder_tables(bits, role)
+def _levels_on(bits: int, role: str, device: torch.device) -> Tensor:
+    """Level of each code on ``device``."""
     with torch.inference_mode(False):  # shared by all later calls, whatever mode the first was in
-        return (
-            torch.from_numpy(thresholds).to(device),
-            torch.from_numpy(codes).to(device),
-            torch.from_numpy(stored_levels(bits, role)).to(device),
-        )
+        return torch.from_numpy(stored_levels(bits, role)).to(device)
 
 
 def _look_up(table: Tensor, index: Tensor) -> Tensor:
@@ -110,9 +114,9 @@ class PageCodec:
         parts = [self._planes(k_codes, lay.key_bits)]
         norms: Tensor | None = None
         if lay.qjl:
-            levels = _look_up(_tables(lay.key_bits, "key", y.device)[2], k_codes)
+            levels = _look_up(_levels_on(lay.key_bits, "key", y.device), k_codes)
             residual = y - levels * k_scale.float()[..., None]
-            parts.append(self._planes((self.sketch.forward(residual) < 0).to(torch.uint8), 1))
+            parts.append(self._planes(self.sketch.forward(residual).signbit().to(torch.uint8), 1))
             norms = tree_sum(residual * residual).sqrt().clamp(max=_HALF_MAX).half()
         v_codes, v_scale = self._quantize(self.value_rotation.forward(values), lay.value_bits, "value", least_squares=True)
         parts.append(self._planes(v_codes, lay.value_bits))
@@ -121,15 +125,27 @@ class PageCodec:
 
     def _quantize(self, y: Tensor, bits: int, role: str, least_squares: bool) -> tuple[Tensor, Tensor]:
         """Codes (uint8, like y) and fp16 scales of rotated vectors."""
-        thresholds, codes_of_rank, levels = _tables(bits, role, y.device)
         norm2 = tree_sum(y * y)
         mean2 = norm2 if self.per_head_scale else norm2.mean(dim=1, keepdim=True)
-        rms = (mean2 / self.layout.head_dim).sqrt()
-        inverse = torch.where(rms > 0, 1.0 / rms, torch.zeros_like(rms))
-        codes = _look_up(codes_of_rank, torch.bucketize(y * inverse[..., None], thresholds, out_int32=True))
-        level = _look_up(levels, codes)
-        top = tree_sum(y * level) if least_squares else norm2
-        bottom = tree_sum(level * level)
+        # A factor, not a division: torch divides by a number as IEEE says on the CPU, but not on CUDA.
+        rms = (mean2 * (1.0 / self.layout.head_dim)).sqrt()
+        middle, shifts, bounds = encoder_bounds(bits, role)
+        # Keys have no shifts; zero times an infinite rms would be none.
+        negative = (y - (rms * middle)[..., None] if middle else y).signbit()
+        magnitude = torch.zeros_like(y, dtype=torch.uint8)
+        counts = [(self.layout.head_dim - (below := negative.sum(-1).float()), below)]  # of this magnitude or a larger one
+        for shift, bound in zip(shifts.tolist(), bounds.tolist(), strict=True):
+            above = (y - (rms * shift)[..., None] if shift else y).abs() > (rms * bound)[..., None]
+            magnitude += above
+            below = (above & negative).sum(-1).float()
+            counts.append((above.sum(-1).float() - below, below))
+        codes = codes_of(magnitude, negative, bits)
+        top = tree_sum(y * _look_up(_levels_on(bits, role, y.device), codes)) if least_squares else norm2
+        bottom = torch.zeros_like(norm2)
+        for k, pair in enumerate((magnitudes(bits, role) ** 2).T.tolist()):
+            for sign, square in enumerate(pair):
+                n = counts[k][sign] - counts[k + 1][sign] if k + 1 < len(counts) else counts[k][sign]
+                bottom = bottom + n * square
         if not self.per_head_scale:
             top, bottom = (t.mean(dim=1, keepdim=True).expand_as(norm2) for t in (top, bottom))
         scale = top / bottom if least_squares else (top / bottom).sqrt()
@@ -170,7 +186,7 @@ class PageCodec:
 
     def _levels(self, planes: Tensor, bits: int, role: str) -> Tensor:
         codes = self.layout.unpack(planes, bits)
-        return _look_up(_tables(bits, role, planes.device)[2], codes).flatten(2, 3)
+        return _look_up(_levels_on(bits, role, planes.device), codes).flatten(2, 3)
 
     def _scales(self, pages: Tensor, offset: int) -> Tensor:
         raw = pages[..., offset : offset + 2 * PAGE_TOKENS].contiguous()

@@ -6,11 +6,13 @@ decoder use the same R, so a different one would still be added back exactly.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from .layout import PAGE_TOKENS
 
 Pairing = Literal["half", "interleaved"]
 
@@ -27,6 +29,7 @@ class Rotary:
 
     inv_freq: Tensor
     pairing: Pairing = "half"
+    _angles: dict[torch.device, PageAngles] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def rotary_dim(self) -> int:
@@ -38,6 +41,19 @@ class Rotary:
         # MPS and some accelerators lack float64; angles are tiny tensors, so they are made on the CPU.
         angle = positions.cpu().double()[..., None] * self.inv_freq.cpu()
         return angle.cos().float().to(positions.device), angle.sin().float().to(positions.device)
+
+    def page_angles(self, device: torch.device, starts: Tensor | None = None) -> PageAngles:
+        """Angles of page starts on ``device``: shared by all callers without ``starts``, else made anew (keep them)."""
+        if starts is not None:
+            return PageAngles(self, device, starts)
+        if device not in self._angles:
+            self._angles[device] = PageAngles(self, device)
+        return self._angles[device]
+
+    def page_table(self, device: torch.device, pages: int) -> tuple[Tensor, Tensor]:
+        """(cos, sin), float32 (pages, pairs), at positions 0, 64, 128, ...; views of a kept table, no sync when warm."""
+        table = self.page_angles(device).get(pages)[0, :pages]
+        return table[..., 0], table[..., 1]
 
     def apply(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotate ``x`` (..., head_dim) by the angles of ``cos`` and ``sin`` (..., pairs); pass ``-sin`` for the inverse."""
@@ -51,3 +67,31 @@ class Rotary:
         if r == x.shape[-1]:
             return turned
         return torch.cat((turned, x[..., r:].expand(*turned.shape[:-1], -1)), dim=-1)
+
+
+class PageAngles:
+    """cos and sin at the first position of every page, kept on a device and grown when more pages are asked for.
+
+    They are made on the CPU in float64, so all devices hold the same float32 numbers.
+
+    Args:
+        rotary: the embedding.
+        device: where the table is held.
+        starts: (rows,) integers, index of the first real token of each row (left padding): page i of a row starts at
+            position ``64 i - start``. None: one row for all, at positions ``64 i``.
+    """
+
+    def __init__(self, rotary: Rotary, device: torch.device, starts: Tensor | None = None) -> None:
+        self._rotary, self._device = rotary, device
+        self._starts = torch.zeros(1, dtype=torch.long) if starts is None else starts.detach().cpu().long()
+        self._table: Tensor | None = None
+
+    def get(self, pages: int) -> Tensor:
+        """float32 (rows or 1, at least ``pages``, pairs, 2 = cos and sin), contiguous."""
+        if self._table is None or self._table.shape[1] < pages:
+            have = 0 if self._table is None else self._table.shape[1]
+            count = max(pages, 2 * have, 64)
+            with torch.inference_mode(False):  # shared by all later calls, whatever mode the first was in
+                first = torch.arange(count)[None] * PAGE_TOKENS - self._starts[:, None]
+                self._table = torch.stack(self._rotary.cos_sin(first), dim=-1).to(self._device)
+        return self._table

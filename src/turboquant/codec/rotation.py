@@ -104,7 +104,7 @@ class Rotation:
         return f"Rotation(dim={self.dim}, kind={self.kind!r}, seed={self.seed})"
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """(signs, Hartley matrix or None) or (matrix, None) on ``device``, made once."""
+        """(signs over sqrt(2^k), Hartley matrix or None) or (matrix, None) on ``device``, made once."""
         if device not in self._tensors:
             # Shared by all later calls, so it must not be bound to the inference mode of the first.
             with torch.inference_mode(False):
@@ -112,19 +112,18 @@ class Rotation:
                 if self.kind == "orthogonal":
                     main = torch.from_numpy(haar_orthogonal(self.seed, self.dim).astype(np.float32))
                 else:
-                    main = torch.from_numpy(random_signs(self.seed, self.dim))
+                    main = torch.from_numpy(random_signs(self.seed, self.dim)) * (1.0 / math.sqrt(self._pow2))
                     if self._odd > 1:
                         odd = torch.from_numpy(hartley(self._odd).astype(np.float32)).to(device)
                 self._tensors[device] = (main.to(device), odd)
         return self._tensors[device]
 
     def _mix(self, x: Tensor, odd: Tensor | None) -> Tensor:
-        """The symmetric transform ``B`` of the ``hadamard`` family."""
+        """The symmetric transform ``B`` of the ``hadamard`` family, not yet normalized."""
         if odd is None:
-            return fwht(x) * (1.0 / math.sqrt(self._pow2))
+            return fwht(x)
         y = x.reshape(*x.shape[:-1], self._pow2, self._odd) @ odd
-        y = fwht(y.transpose(-1, -2)).transpose(-1, -2) * (1.0 / math.sqrt(self._pow2))
-        return y.reshape(x.shape)
+        return fwht(y.transpose(-1, -2)).transpose(-1, -2).reshape(x.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         """Rotate ``x`` of shape (..., d); returns float32 of the same shape."""

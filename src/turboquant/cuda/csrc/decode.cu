@@ -1,0 +1,56 @@
+// Decode attention on packed pages: 1..16 new tokens a sequence against pages, sinks and the exact window, in one launch.
+//
+// docs/kernels.md explains the lane mapping and the budget; the page format is codec/layout.py.
+// A block works through a list of entries made by plan(): a range of pages of one item (sequence, KV head, block of query
+// rows), or the exact tokens of an item. Every entry leaves a partial result; the block that brings an item's last one merges.
+//
+// Defines: TQ_D, TQ_KB, TQ_VB, TQ_QJL, TQ_CENTER (0 none, 1 R_p mu, 2 constant), TQ_SOFTCAP, TQ_ROTATE (1 Hadamard, 0 matrix),
+// TQ_DTYPE (0 fp16, 1 bf16, 2 fp32), TQ_NB (blocks of 8 query rows handled at once), TQ_WARPS, TQ_STAGES, TQ_BLOCKS.
+#include "common.cuh"
+#include "decode_params.cuh"
+#include "decode_pages.cuh"
+#include "decode_attend.cuh"
+#include "decode_exact.cuh"
+#include "decode_merge.cuh"
+
+TQ_KERNEL(tq_decode, Params, THREADS, TQ_BLOCKS) {
+  TQ_SHARED(smem);
+  Shared sh(smem);
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  // What the first products need is asked for in the order in which it is waited for: its latency is most of a short launch.
+  const Block block = p.blocks[blockIdx.x];
+  float sign[(2 * D + THREADS - 1) / THREADS];
+  if (TQ_ROTATE)
+#pragma unroll
+    for (int i = threadIdx.x, k = 0; i < 2 * D; i += THREADS, k++) sign[k] = i < D ? p.key_rotation[i] : p.value_rotation[i - D];
+  Work work = block.work, next;
+  RawRow raw;
+  if (block.first < block.last) raw.load(p, Item(p, work.item), warp, lane);
+  PageStream stream(p, sh, warp, lane, block);
+  if (TQ_ROTATE) {
+#pragma unroll
+    for (int i = threadIdx.x, k = 0; i < 2 * D; i += THREADS, k++) sh.matrix[i] = sign[k];
+    sync_block();
+  }
+  int table_head = -1;
+  for (int w = block.first; w < block.last; w++, work = next) {
+    const Item item(p, work.item);
+    const bool packed = work.begin >= 0;
+    next = p.work[w + 1];
+    Accumulator acc;
+    acc.clear();
+    prepare_queries(p, sh, item, packed, raw, warp, lane);
+    if (TQ_CENTER == 1 && packed && table_head != item.head) {
+      table_head = item.head;
+      const uint4* src = p.center_table + (size_t)item.head * CENTER_WORDS;
+      for (int i = threadIdx.x; i < CENTER_WORDS; i += THREADS) sh.center[i] = src[i];
+    }
+    sync_block();
+    if (w + 1 < block.last) raw.load(p, Item(p, next.item), warp, lane);
+    if (packed) attend_pages(p, sh, item, work, stream, acc, warp, lane);
+    else attend_exact(p, sh, item, acc, warp, lane);
+    merge_warps(sh, acc, warp, lane);
+    if (warp == 0) write_partial(p, acc, work.slot, item.rows, lane);
+    finish_item(p, sh, item, work, warp, lane);
+  }
+}

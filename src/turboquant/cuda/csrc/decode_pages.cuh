@@ -1,0 +1,198 @@
+// Scores and outputs from packed pages.
+#pragma once
+#include "decode_queries.cuh"
+
+constexpr int TILES = D / 16;  // output fragments: 16 dims x 8 query rows
+
+struct Accumulator {
+  float o[NB][TILES][4];   // columns 2c, 2c + 1 of dims value_dim(tile / 2, g) + 2 (tile % 2) (+ 1 in the last two)
+  float m[NB][2], l[NB][2];  // running maximum (base 2), and the sum over this lane's tokens
+  TQ_DEVICE void clear() {
+#pragma unroll
+    for (int n = 0; n < NB; n++) {
+      m[n][0] = m[n][1] = NEVER;
+      l[n][0] = l[n][1] = 0.f;
+#pragma unroll
+      for (int i = 0; i < TILES; i++) o[n][i][0] = o[n][i][1] = o[n][i][2] = o[n][i][3] = 0.f;
+    }
+  }
+  TQ_DEVICE void scale(int n, float f0, float f1) {
+    l[n][0] *= f0;
+    l[n][1] *= f1;
+#pragma unroll
+    for (int i = 0; i < TILES; i++) o[n][i][0] *= f0, o[n][i][1] *= f1, o[n][i][2] *= f0, o[n][i][3] *= f1;
+  }
+};
+
+// Token of a tile of 16 that stands in fragment row k. So permuted, the transposed probabilities meet V's rows c, c + 4, c + 8, c + 12.
+TQ_DEVICE constexpr int tile_token(int k) { return (k & 8) + ((k & 7) >> 1) + ((k & 1) << 2); }
+
+// The pages of a warp, in order over all entries of its block: a ring of STAGES pages in shared memory, filled ahead.
+struct PageStream {
+  const Params& p;
+  uint8_t* ring;
+  uint64_t* bars;
+  int warp, lane, last;
+  int entry, page = 0, end = 0, stage = 0, parity = 0;
+  bool done = false;
+  int64_t entry_bytes = 0;  // row and head part of the address
+  const uint8_t* address = nullptr;
+  const float* angles = nullptr;
+  int table_row = 0;
+
+  int angle_bytes = 0;
+
+  TQ_DEVICE PageStream(const Params& p, Shared& sh, int warp, int lane, const Block& block)
+      : p(p), ring(sh.ring + warp * STAGES * STAGE_BYTES), bars(sh.bars + warp * STAGES), warp(warp), lane(lane), last(block.last), entry(block.first) {
+    if (block.first < block.last && block.work.begin >= 0) enter(block.work);
+    if (TQ_CENTER == 1) {
+      // Channels that the embedding leaves alone are turned by nothing; the copies never overwrite that.
+      angle_bytes = p.pairs * 8;
+      for (int s = 0; s < STAGES; s++)
+        for (int i = p.pairs + lane; i < D / 2; i += 32) *(float2*)(ring + s * STAGE_BYTES + PAGE_BYTES + 8 * i) = float2{1.f, 0.f};
+    }
+#ifdef TQ_BULK_COPY
+    if (lane == 0) {
+      for (int s = 0; s < STAGES; s++) mbar_init(&bars[s]);
+      mbar_fence();
+    }
+    sync_warp();
+#endif
+    find();
+#pragma unroll
+    for (int s = 0; s < STAGES; s++) issue(s);
+  }
+
+  TQ_DEVICE void enter(const Work& work) {
+    page = work.begin + warp;
+    end = work.end;
+    const Item item(p, work.item);
+    table_row = item.row;
+    entry_bytes = item.row * p.row_stride + item.head * p.head_stride;
+    if (TQ_CENTER == 1) angles = p.angles + item.row * p.angles_row;
+  }
+
+  // Go to the next page of this warp and look its address up; it is needed one page later, so the look-up is not waited for.
+  TQ_DEVICE void find() {
+    while (page >= end) {
+      if (++entry >= last) {
+        done = true;
+        return;
+      }
+      const Work work = p.work[entry];
+      if (work.begin >= 0) enter(work);
+    }
+    const int64_t i = table_row * p.table_row + (page - p.first_page);
+    const int64_t block = p.table_wide ? ((const int64_t*)p.table)[i] : (int64_t)((const int32_t*)p.table)[i];
+    address = p.pool + block * p.block_stride + entry_bytes;
+  }
+
+  TQ_DEVICE void issue(int s) {
+    uint8_t* to = ring + s * STAGE_BYTES;
+    const float* turn = TQ_CENTER == 1 ? angles + (size_t)page * 2 * p.pairs : nullptr;
+#ifdef TQ_BULK_COPY
+    if (lane == 0 && !done) {
+      if (TQ_CENTER == 1) bulk_load_2(to, address, PAGE_BYTES, to + PAGE_BYTES, turn, angle_bytes, &bars[s]);
+      else bulk_load(to, address, PAGE_BYTES, &bars[s]);
+    }
+#else
+    if (!done) {
+      for (int i = lane; i < PAGE_BYTES / 16; i += 32) copy_async_16(to + 16 * i, address + 16 * i);
+      if (TQ_CENTER == 1)
+        for (int i = lane; i < angle_bytes / 16; i += 32) copy_async_16(to + PAGE_BYTES + 16 * i, (const uint8_t*)turn + 16 * i);
+    }
+    copy_async_commit();
+#endif
+    if (!done) {
+      page += WARPS;
+      find();
+    }
+  }
+
+  TQ_DEVICE const uint8_t* wait() {
+#ifdef TQ_BULK_COPY
+    mbar_wait(&bars[stage], parity);
+#else
+    copy_async_wait<STAGES - 1>();
+    sync_warp();
+#endif
+    return ring + stage * STAGE_BYTES;
+  }
+
+  TQ_DEVICE void release() {
+    sync_warp();
+    issue(stage);
+    if (++stage == STAGES) stage = 0, parity ^= 1;
+  }
+};
+
+TQ_DEVICE uint32_t word_at(const uint8_t* s) { return *(const uint32_t*)s; }
+
+// Where a lane finds codes in a token's row of each plane: of 8 dims (K, step) or 4 dims (V, quad).
+struct Place {
+  int a, r, b, i, slot, half;  // word and pair of bits in plane A, word and bit in B, word b and bit of the first 4 dims in C, half of 8 dims
+};
+// key_dim() and value_dim() in these terms, written out so that the compiler sees which parts are constants and loads words once.
+TQ_DEVICE Place key_place(int step, int c) {
+  const int base = segment_base(32 * step), size = segment_size(32 * step), k = step - base / 32;
+  if (size == 128) return {base / 16 + 2 * c + k / 2, k % 2, base / 32 + c, k, 2 * k, 0};
+  if (size == 64) return {base / 16 + c, k, base / 32 + c / 2, 2 * (c & 1) + k, 4 * (c & 1) + 2 * k, 0};
+  return {base / 16 + c / 2, c & 1, base / 32, c, 2 * c, 0};
+}
+TQ_DEVICE Place value_place(int quad, int g) {
+  const int base = segment_base(32 * quad), size = segment_size(32 * quad), k = quad - base / 32;
+  if (size == 128) return {base / 16 + g, k / 2, base / 32 + g / 2, 2 * (g & 1) + k / 2, 4 * (g & 1) + k, k % 2};
+  if (size == 64) return {base / 16 + g / 2, g & 1, base / 32 + g / 4, g & 3, 2 * (g & 3) + k, k};
+  return {base / 16 + g / 4, g >> 1 & 1, base / 32, g >> 1, g, g & 1};
+}
+
+// Selector nibbles of 8 neighbouring dims of one token: the magnitude bits of its codes.
+template <int BITS> TQ_DEVICE uint32_t selectors(const uint8_t* planes, int token, const Place& at) {
+  uint32_t s = word_at(planes + token * (D / 4) + at.a * 4) >> (2 * at.r) & 0x33333333u;
+  if constexpr (BITS >= 3) s |= rotate_left(word_at(planes + PAGE * D / 4 + token * (D / 8) + at.b * 4), 2 - at.i) & 0x44444444u;
+  return s;
+}
+// Signs of 4 neighbouring dims in the top bits of the 4 bytes; the other bits are arbitrary.
+template <int BITS> TQ_DEVICE uint32_t signs(const uint8_t* planes, int token, const Place& at, int next) {
+  return word_at(planes + (BITS == 4 ? PAGE * D * 3 / 8 : 0) + token * (D / 8) + at.b * 4) << (7 - at.slot - next);
+}
+
+// Eight neighbouring key levels of one token as int8 (layout.py: in units of 1/64, at 4 bits less a half).
+template <int BITS> TQ_DEVICE void key_bytes(const uint8_t* planes, int token, const Place& at, uint32_t& first, uint32_t& second) {
+  if constexpr (BITS == 1) {
+    first = (signs<1>(planes, token, at, 0) & 0x80808080u) ^ 0x40404040u;
+    second = (signs<1>(planes, token, at, 1) & 0x80808080u) ^ 0x40404040u;
+  } else {
+    const uint32_t s = selectors<BITS>(planes, token, at);
+    first = prmt(TQ_KLUT0, TQ_KLUT1, s);
+    second = prmt(TQ_KLUT0, TQ_KLUT1, s >> 16);
+    if constexpr (BITS == 4) {
+      first ^= prmt(signs<4>(planes, token, at, 0), 0u, 0xBA98u);
+      second ^= prmt(signs<4>(planes, token, at, 1), 0u, 0xBA98u);
+    }
+  }
+}
+
+// Four neighbouring value levels of four tokens, as fp16 pairs of tokens (0, 1) and (2, 3): lo[i], hi[i] of dim + i.
+TQ_DEVICE void value_pairs(const uint8_t* planes, int token, const Place& at, uint32_t (&lo)[4], uint32_t (&hi)[4]) {
+  uint32_t x[4];
+#pragma unroll
+  for (int u = 0; u < 4; u++) {
+    const int t = token + 4 * u;
+    if constexpr (VB == 1) {
+      x[u] = signs<1>(planes, t, at, 0);
+    } else {
+      x[u] = prmt(TQ_VLUT0, TQ_VLUT1, selectors<VB>(planes, t, at) >> (16 * at.half));
+      if constexpr (VB == 4) x[u] ^= signs<4>(planes, t, at, 0) & 0x80808080u;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    lo[i] = prmt(x[0], x[1], 0x4400u + 0x1111u * i);
+    hi[i] = prmt(x[2], x[3], 0x4400u + 0x1111u * i);
+    if constexpr (VB == 1) {  // only the high byte carries the sign
+      lo[i] = (lo[i] & 0x80008000u) ^ (TQ_VLUT0 & 0xFF) * 0x01010101u;
+      hi[i] = (hi[i] & 0x80008000u) ^ (TQ_VLUT0 & 0xFF) * 0x01010101u;
+    }
+  }
+}

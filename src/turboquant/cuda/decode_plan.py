@@ -1,0 +1,135 @@
+"""Who does what in a decode launch: pages dealt out evenly to the blocks that fit on the GPU at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import ShapeError
+
+
+@dataclass(frozen=True, eq=False)
+class DecodePlan:
+    """A division of one launch's work, and its scratch memory; any launch of the same shape and page counts may use it.
+
+    Launches that share a plan must run one after another (on one stream), since they share its scratch memory.
+
+    Attributes:
+        blocks: thread blocks of the launch.
+        slots: partial results.
+        work: int32 (slots + 1, 8): item, first page, end page, slot, first slot of the item, its slots, 0, 0; the first page
+            is -1 for an item's exact tokens. The last entry only keeps kernels that look ahead inside the table.
+        block_work: int32 (blocks, 12): first entry, end entry, 0, 0, a copy of the first entry.
+        part_out, part_ml: float32 scratch, (slots, query rows, head_dim) and (slots, query rows, 2).
+        counters: int32 (items), zero between launches.
+        exact: whether there are entries for exact tokens.
+    """
+
+    blocks: int
+    slots: int
+    work: Tensor
+    block_work: Tensor
+    part_out: Tensor
+    part_ml: Tensor
+    counters: Tensor
+    exact: bool
+
+
+def divide(pages: np.ndarray, blocks: int, window_cost: float) -> tuple[np.ndarray, np.ndarray]:
+    """Cut items into ranges of pages of nearly equal cost per block.
+
+    Items stand in a row, each with its exact tokens first and its pages after them, and the row is cut into ``blocks`` equal
+    parts; only the exact tokens of an item are never cut.
+
+    Args:
+        pages: (items,) number of pages of each item.
+        blocks: parts to cut into.
+        window_cost: cost of an item's exact tokens in pages; 0 if there are none.
+
+    Returns:
+        (work, block_work) as in :class:`DecodePlan`.
+    """
+    items = len(pages)
+    cost = pages + window_cost
+    end = np.cumsum(cost)
+    cuts = np.arange(1, blocks) * (end[-1] / blocks)
+    item = np.minimum(np.searchsorted(end, cuts, side="right"), items - 1)
+    page = np.clip(np.rint(cuts - (end[item] - pages[item])), 0, pages[item]).astype(np.int64)
+    # Entries begin at every item's exact tokens (page -1), at its first page, and at every cut inside it.
+    starts = [np.stack([item, page], 1)[(page > 0) & (page < pages[item])]]
+    every = np.arange(items)
+    packed = every[(pages > 0) | (window_cost == 0)]
+    starts.append(np.stack([packed, np.zeros_like(packed)], 1))
+    if window_cost > 0:
+        starts.append(np.stack([every, np.full_like(every, -1)], 1))
+    begin = np.unique(np.concatenate(starts), axis=0)
+    last = np.append(begin[1:, 0] != begin[:-1, 0], True)
+    stop = np.where(last, pages[begin[:, 0]], np.append(begin[1:, 1], 0))
+    count = np.bincount(begin[:, 0], minlength=items)
+    first = np.cumsum(count) - count
+    work = np.zeros((len(begin) + 1, 8), np.int32)
+    work[:-1, :6] = np.stack(
+        [begin[:, 0], begin[:, 1], stop, np.arange(len(begin)), first[begin[:, 0]], count[begin[:, 0]]], 1
+    )
+    # An entry belongs to the part in which it begins.
+    place = (end - pages)[begin[:, 0]] + np.where(begin[:, 1] < 0, -window_cost, begin[:, 1])
+    cut_at = np.where(page > 0, (end - pages)[item] + page, (end - cost)[item])
+    borders = np.concatenate([[0], np.searchsorted(place, cut_at, side="left"), [len(begin)]])
+    block_work = np.zeros((blocks, 12), np.int32)
+    block_work[:, 0], block_work[:, 1], block_work[:, 4:] = borders[:-1], borders[1:], work[borders[:-1]]
+    return work, block_work
+
+
+def make_plan(
+    packed_lens: int | Sequence[int],
+    rows: int,
+    heads: int,
+    row_blocks: int,
+    query_rows: int,
+    head_dim: int,
+    blocks: int,
+    window_cost: float,
+    first_page: int,
+    device: torch.device,
+) -> DecodePlan:
+    """A :class:`DecodePlan` on ``device``; one copy to the device, nothing is waited for.
+
+    Args:
+        packed_lens: tokens in pages of each row, or of all.
+        rows, heads: sequences and KV heads.
+        row_blocks: blocks of ``query_rows`` query rows per KV head.
+        query_rows: query rows that a block handles at once.
+        head_dim: of the queries.
+        blocks: thread blocks that run at once.
+        window_cost: see :func:`divide`.
+        first_page: pages before this one are not held.
+        device: of the launch.
+
+    Raises:
+        ShapeError: as many lengths as rows are needed.
+    """
+    lens = np.full(rows, packed_lens) if isinstance(packed_lens, int) else np.asarray(packed_lens)
+    if lens.shape != (rows,):
+        raise ShapeError(f"packed_lens holds {lens.size} lengths for a batch of {rows}")
+    pages = np.maximum(-(-lens // 64) - first_page, 0)
+    work, block_work = divide(np.repeat(pages, heads * row_blocks), blocks, window_cost)
+    for entries in (work, block_work[:, 4:]):
+        entries[entries[:, 1] >= 0, 1:3] += first_page
+    flat = torch.from_numpy(np.concatenate([work.reshape(-1), block_work.reshape(-1)]))
+    if device.type == "cuda":
+        flat = flat.pin_memory().to(device, non_blocking=True)
+    slots = len(work) - 1
+    return DecodePlan(
+        blocks,
+        slots,
+        flat[: work.size].view(-1, 8),
+        flat[work.size :].view(-1, 12),
+        torch.empty(slots, query_rows, head_dim, device=device),
+        torch.empty(slots, query_rows, 2, device=device),
+        torch.zeros(rows * heads * row_blocks, dtype=torch.int32, device=device),
+        window_cost > 0,
+    )
