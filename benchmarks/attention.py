@@ -29,7 +29,7 @@ from turboquant.codec.center import KeyStatistics, KeyTransform
 from turboquant.codec.layout import PAGE_TOKENS, PageLayout
 from turboquant.codec.page import PageCodec
 from turboquant.cuda import decode
-from turboquant.cuda.pages import PackedPages, page_pool
+from turboquant.cuda.pages import PackedPages
 
 DEVICE = torch.device("cuda")
 #: Copies of cache together hold at least this much: four times the L2 cache of an H100.
@@ -142,7 +142,9 @@ class Packed:
             scales = pool[..., self.codec.layout.key_scale_offset :].view(torch.float16)
             scales.copy_(torch.rand(scales.shape, device=DEVICE) * 0.4 + 0.8)
             self.pages.append(
-                PackedPages(self.codec, self.transform, h, packed_len=self.packed, angles=self.angles, **page_pool(pool, table))  # type: ignore[arg-type]
+                PackedPages(
+                    self.codec, self.transform, h, table, self.packed, pool, pool.stride(0), 0, pool.stride(1), angles=self.angles
+                )
             )
             x = torch.randn(2, batch, h, seq - self.packed, d, device=DEVICE).bfloat16() if window else None
             s = torch.randn(2, batch, h, 4, d, device=DEVICE).bfloat16() if window else None

@@ -164,20 +164,35 @@ class _Sizes:
         self.groups = shape.groups(config)
         vectors = 0 if config.key_center == "none" else 2 if config.key_balance else 1
         packed = ((s, n) for s, b, n in self.groups if b[0] != EXACT_BITS)
+        vector_bytes = sum(s.kv_heads * s.head_dim * _STATISTICS_ITEM_BYTES * n for s, n in packed)
         #: Mean and balance of the keys, float32; one copy serves all sequences of a cache.
-        self.statistics = sum(vectors * s.kv_heads * s.head_dim * _STATISTICS_ITEM_BYTES * n for s, n in packed)
+        self.statistics = vectors * vector_bytes
+        #: The mean turned to the 64 positions of a page, made when the first page is packed.
+        self.tables = PAGE_TOKENS * vector_bytes if vectors else 0
+
+    def shared(self, tokens: int) -> int:
+        """Bytes that all sequences of a cache share, when the longest has ``tokens``: statistics and their tables."""
+        return self.statistics + (self.tables if tokens - self.config.recent_tokens >= PAGE_TOKENS else 0)
 
     def sequence(self, tokens: int) -> int:
         """Bytes of one sequence, without statistics."""
         return sum(_layer_bytes(s, b, self.config, tokens, self.exact_bytes) * n for s, b, n in self.groups)
 
-    def peak(self, tokens: int) -> int:
-        """Return the most bytes of one sequence while it grows to ``tokens``, without statistics.
+    def total(self, tokens: int, batch: int) -> int:
+        """Bytes of a cache of ``batch`` sequences."""
+        return batch * self.sequence(tokens) + self.shared(tokens)
+
+    def last_turn(self, tokens: int) -> range:
+        """Lengths among which the largest size up to ``tokens`` is found.
 
         Packing a page frees 64 exact tokens, so a cache is largest just before. The pattern repeats every 64 tokens and never
         falls from one turn to the next: the last turn holds the maximum.
         """
-        return max(self.sequence(t) for t in range(max(0, tokens - PAGE_TOKENS + 1), tokens + 1))
+        return range(max(0, tokens - PAGE_TOKENS + 1), tokens + 1)
+
+    def peak(self, tokens: int, batch: int) -> int:
+        """Return the most bytes of a cache of ``batch`` sequences while it grows to ``tokens``."""
+        return max(self.total(t, batch) for t in self.last_turn(tokens))
 
 
 def _check(**numbers: int) -> None:
@@ -187,7 +202,7 @@ def _check(**numbers: int) -> None:
 
 
 def cache_bytes(shape: CacheShape, config: TurboQuantConfig, tokens: int, batch: int = 1, exact_bytes: int = 2) -> int:
-    """Bytes of a cache whose statistics are frozen: pages, exact window, sinks, statistics.
+    """Bytes of a cache whose statistics are frozen: pages, exact window, sinks, statistics and their tables.
 
     Args:
         shape: the model's layers.
@@ -200,8 +215,7 @@ def cache_bytes(shape: CacheShape, config: TurboQuantConfig, tokens: int, batch:
         ConfigError: a number is negative, or ``config.layers`` names a layer that does not exist.
     """
     _check(tokens=tokens, batch=batch)
-    sizes = _Sizes(shape, config, exact_bytes)
-    return batch * sizes.sequence(tokens) + sizes.statistics
+    return _Sizes(shape, config, exact_bytes).total(tokens, batch)
 
 
 def peak_bytes(shape: CacheShape, config: TurboQuantConfig, tokens: int, batch: int = 1, exact_bytes: int = 2) -> int:
@@ -210,8 +224,7 @@ def peak_bytes(shape: CacheShape, config: TurboQuantConfig, tokens: int, batch: 
     Arguments and errors are those of :func:`cache_bytes`.
     """
     _check(tokens=tokens, batch=batch)
-    sizes = _Sizes(shape, config, exact_bytes)
-    return batch * sizes.peak(tokens) + sizes.statistics
+    return _Sizes(shape, config, exact_bytes).peak(tokens, batch)
 
 
 def longest_context(
@@ -227,13 +240,16 @@ def longest_context(
     """
     _check(batch=batch)
     sizes = _Sizes(shape, config, exact_bytes)
-    room = (memory_bytes - sizes.statistics) // max(1, batch)
-    if sizes.peak(NO_LIMIT) <= room:
+
+    def fits_in(tokens: int) -> bool:
+        return sizes.peak(tokens, max(1, batch)) <= memory_bytes
+
+    if fits_in(NO_LIMIT):
         return NO_LIMIT
     fits, too_many = 0, NO_LIMIT
     while too_many - fits > 1:
         middle = (fits + too_many) // 2
-        if sizes.peak(middle) <= room:
+        if fits_in(middle):
             fits = middle
         else:
             too_many = middle
@@ -251,8 +267,8 @@ def concurrent_sequences(
     if tokens < 1:
         raise ConfigError(f"tokens={tokens} must be at least 1")
     sizes = _Sizes(shape, config, exact_bytes)
-    each = sizes.peak(tokens)
-    return max(0, memory_bytes - sizes.statistics) // each if each else 0
+    lengths = [t for t in sizes.last_turn(tokens) if sizes.sequence(t)]
+    return min((max(0, memory_bytes - sizes.shared(t)) // sizes.sequence(t) for t in lengths), default=0)
 
 
 def parse_bytes(text: str, name: str = "size") -> int:

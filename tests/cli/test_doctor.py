@@ -20,6 +20,7 @@ from turboquant.cli.doctor import TOLERANCE, Check, SelfCheck, self_check
 from turboquant.codec.center import KeyTransform
 from turboquant.codec.page import PageCodec
 from turboquant.config import PRESETS
+from turboquant.cuda import device
 
 runner = CliRunner(env={"COLUMNS": "120"})
 
@@ -178,3 +179,25 @@ def test_why_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for built, why in ((None, "built without CUDA"), ("12.8", "built for CUDA 12.8 but finds no device")):
         monkeypatch.setattr(torch.version, "cuda", built)
         assert why in doctor_module._torch()[1].detail
+
+
+def test_why_there_are_no_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    (found,) = doctor_module._kernels()
+    assert (found.name, found.status, found.essential) == ("CUDA kernels", "info", False)
+    assert found.detail.startswith("not usable: torch ")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert [c.status for c in doctor_module._kernels()] == ["missing"]
+
+
+def test_cuda_kernels_by_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("cuda.bindings.nvrtc")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(device, "why_unavailable", lambda gpu: "too old" if gpu.index else None)
+    monkeypatch.setattr(device, "capability", lambda gpu: (9, 0))
+    found = doctor_module._kernels()
+    assert [(c.name, c.status) for c in found] == [("CUDA kernels on GPU 0", "ok"), ("CUDA kernels on GPU 1", "missing")]
+    assert found[0].detail.startswith("compiled for sm_90 by NVRTC ")
+    assert found[1].detail == "not usable: too old"

@@ -107,8 +107,8 @@ class PackedLayer:
     def nbytes(self) -> int:
         """Bytes of all storage really held: pages, exact tail, sinks, statistics, and a call in progress."""
         held = [t for t in (self._tail, self._sinks, self.starts, *(self._pending or ())) if t is not None]
-        stats = self.transform.statistics if self.transform is not None else None
-        return self.slabs.nbytes + sum(int(t.nbytes) for t in held) + (stats.nbytes if stats is not None else 0)
+        transform = 0 if self.transform is None else self.transform.nbytes
+        return self.slabs.nbytes + sum(int(t.nbytes) for t in held) + transform
 
     @property
     def statistics(self) -> KeyStatistics | None:

@@ -91,6 +91,29 @@ def _torch() -> list[Check]:
     return found
 
 
+def _kernels() -> list[Check]:
+    name = "CUDA kernels"
+    try:
+        import torch
+
+        from ..cuda import cache, compiler, device
+    except (ImportError, OSError) as e:
+        return [Check(name, "missing", f"not usable: {_line(e)}")]
+    if not torch.cuda.is_available():
+        return [Check(name, "info", f"not usable: {device.why_unavailable()}")]
+    checks = []
+    for i in range(torch.cuda.device_count()):
+        gpu = torch.device("cuda", i)
+        why = device.why_unavailable(gpu)
+        if why is None:
+            nvrtc = ".".join(map(str, compiler.nvrtc_version()))
+            detail = f"compiled for {compiler.arch_of(device.capability(gpu))} by NVRTC {nvrtc}, kept in {cache.folder()}"
+        else:
+            detail = f"not usable: {why}"
+        checks.append(Check(f"{name} on GPU {i}", "missing" if why else "ok", detail))
+    return checks
+
+
 def _transformers() -> list[Check]:
     found = _version_of("transformers")
     if found is None:
@@ -226,7 +249,7 @@ def _disk() -> list[Check]:
     return [Check("free disk space", "info", f"{format_bytes(free)} in the current directory")]
 
 
-_GROUPS: tuple[Callable[[], list[Check]], ...] = (_python, _torch, _transformers, _packages, _self_checks, _disk)
+_GROUPS: tuple[Callable[[], list[Check]], ...] = (_python, _torch, _kernels, _transformers, _packages, _self_checks, _disk)
 
 
 def run_checks() -> list[Check]:

@@ -147,9 +147,10 @@ def encoder_bounds(bits: int, role: str) -> tuple[float, np.ndarray, np.ndarray]
 def codes_of(magnitude: Tensor, negative: Tensor, bits: int) -> Tensor:
     """Codes, uint8, of magnitude numbers (uint8, as in :func:`magnitudes`) and signs (bool, True for negative)."""
     if bits in (1, 4):
-        return magnitude | (negative.to(torch.uint8) << (bits - 1))
+        return magnitude | negative.to(torch.uint8) << (bits - 1)
     half = 2 ** (bits - 1)
-    return (magnitude | half) ^ (negative.to(torch.uint8) * (2 * half - 1))
+    codes: Tensor = (magnitude | half) ^ (negative.to(torch.uint8) * (2 * half - 1))
+    return codes
 
 
 def _plane_bytes(plane: str, dim: int) -> int:

@@ -21,6 +21,8 @@ from .decode_plan import DecodePlan, make_plan
 from .pages import DTYPES, PackedPages, rotation_signs
 
 MAX_QUERY_TOKENS = 16
+#: What a GPU reads while one entry of a plan begins and ends (9 us at 3 TB/s, with the wait for the slowest warp).
+ENTRY_BYTES = 27_000_000
 
 
 class DecodeStruct(ctypes.Structure):
@@ -84,13 +86,16 @@ def supports(pages: PackedPages, dtype: torch.dtype, group: int, tokens: int) ->
 
 
 def _shape(layout: PageLayout, center: int, rows: int) -> tuple[int, int, int]:
-    """(warps, stages, blocks per multiprocessor) for 227 KB of shared memory and 64 K registers."""
+    """(warps, stages, blocks per multiprocessor): the most warps that 227 KB of shared memory and 64 K registers hold.
+
+    Multiples of 4, one share for each scheduler. One block of 12 warps beat 3 of 4 (an entry is begun and ended once).
+    """
     d = layout.head_dim
-    if rows == 16 or d > 128:
-        return 4, 2, 2
-    if d <= 64:
-        return 4, 3, 4
-    return 4, 2, 3
+    most = 16 if d <= 64 and rows <= 8 else 12 if d <= 128 and rows <= 8 else 8
+    for warps in range(most, 0, -4):
+        if shared_bytes(layout, center, 1, max(1, rows // 8), int(rows <= 4), warps, 2) <= 227 << 10:
+            return warps, 2, 1
+    return 4, 1, 1
 
 
 def shared_bytes(layout: PageLayout, center: int, rotate: int, nb: int, few: int, warps: int, stages: int) -> int:
@@ -99,7 +104,8 @@ def shared_bytes(layout: PageLayout, center: int, rotate: int, nb: int, few: int
     stage = layout.page_bytes + (4 * d if center == 1 else 0)
     words = (4 * (d // 16) * 32 if center == 1 else 0) + nb * (d // 32) * 32 * (2 if layout.qjl else 1)
     words += nb * (d // 16) * 32 if center == 1 else 0
-    merge = (warps + 1) // 2 * (nb * (d // 16) * 4 + 4 * nb) * (16 if few else 32)
+    rows = 4 if few else 8 * nb
+    merge = warps * rows * (d + d // 16 * 4 + 2) + rows * (2 * d + 2)
     matrix = 2 * d if rotate else warps * d
     return warps * stages * (stage + 8) + 16 * words + 8 * nb * (d // 16) * 32 + 4 * (merge + matrix + 32 * nb) + 16
 
@@ -176,7 +182,7 @@ def center_fragments(table: Tensor, pairs: int, interleaved: bool) -> Tensor:
     g, c = lane // 4, lane % 4
     row = (g >> 1) + ((g & 1) << 2)
     token = torch.arange(4)[:, None] * 16 + row  # (4, 32); 8 more in the second row of a fragment
-    pair = c * (d // 8) + 2 * torch.arange(d // 16)[:, None]  # (steps, 32)
+    pair = 2 * c + 8 * torch.arange(d // 16)[:, None]  # (steps, 32)
     words = []
     for second, more in ((0, 0), (0, 8), (1, 0), (1, 8)):
         for slot in (0, 1):
@@ -247,11 +253,12 @@ def plan(
         rows = len(packed_lens) if not isinstance(packed_lens, int) else pages.table.shape[0]
     row_blocks = -(-group * tokens // at_once)
     sms = jit.multiprocessors(pages.device) if pages.device.type == "cuda" else 4
-    # Exact tokens are 2 or 4 bytes a number; two pages more stand for the latency of their loads.
-    cost = exact_tokens * 4 * layout.head_dim / layout.page_bytes + 2 if exact_tokens else 0.0
+    # Beginning and ending an entry takes some microseconds of latency; in that time a block's share of the bandwidth is so many pages.
+    entry = ENTRY_BYTES / (sms * per_sm * layout.page_bytes)
+    exact = exact_tokens * 4 * layout.head_dim / layout.page_bytes  # in 2 bytes a number, keys and values
     return make_plan(
-        packed_lens, rows, pages.num_kv_heads, row_blocks, max(8, at_once), layout.head_dim, sms * per_sm, cost, pages.first_page,
-        pages.device,
+        packed_lens, rows, pages.num_kv_heads, row_blocks, max(8, at_once), layout.head_dim, sms * per_sm, entry, exact,
+        pages.first_page, pages.device,
     )  # fmt: skip
 
 

@@ -39,33 +39,78 @@ class DecodePlan:
     exact: bool
 
 
-def divide(pages: np.ndarray, blocks: int, window_cost: float) -> tuple[np.ndarray, np.ndarray]:
-    """Cut items into ranges of pages of nearly equal cost per block.
+def _cuts(pages: np.ndarray, blocks: int, entry_cost: float, window_cost: float, budget: float) -> list[tuple[int, int]] | None:
+    """Greedy cuts (item, page) so that no block costs more than ``budget``; page -1 is before an item's exact tokens.
 
-    Items stand in a row, each with its exact tokens first and its pages after them, and the row is cut into ``blocks`` equal
-    parts; only the exact tokens of an item are never cut.
+    None if more than ``blocks`` blocks would be needed.
+    """
+    head = window_cost + entry_cost if window_cost else 0.0
+    end = np.cumsum(pages + entry_cost * (pages > 0) + head)
+    least = max(4.0, entry_cost)  # fewer pages are not worth an entry of their own
+    if budget < max(entry_cost + least, head):
+        return None if len(pages) > 1 or budget < end[-1] else []
+    cuts: list[tuple[int, int]] = []
+    item, page, items = 0, -1, len(pages)
+    while True:
+        # Budget reaches to this place on the line of all costs; a range that continues an item pays for its entry again.
+        before = end[item] - pages[item] - entry_cost * bool(pages[item] > 0) - head
+        start = before if page < 0 else end[item] - pages[item] + page - entry_cost
+        reach = start + budget
+        if reach >= end[-1]:
+            return cuts
+        if len(cuts) == blocks - 1:
+            return None
+        last = int(np.searchsorted(end, reach, side="right"))
+        inside = int(reach - (end[last] - pages[last]))
+        from_page = page if last == item and page >= 0 else 0
+        if inside - from_page >= least:
+            if pages[last] - inside < least and pages[last] - from_page > 2 * least:
+                inside = int(pages[last] - least)
+            item, page = last, inside
+        elif last > item:
+            item, page = last, -1
+        else:  # the exact tokens alone fill it
+            item, page = last, 0
+        cuts.append((item, page))
+
+
+def divide(pages: np.ndarray, blocks: int, entry_cost: float, window_cost: float) -> tuple[np.ndarray, np.ndarray]:
+    """Cut items into ranges of pages so that the costliest block costs nearly as little as possible.
+
+    Items stand in a row, each with its exact tokens first and its pages after them, and blocks take consecutive stretches of
+    it; the exact tokens of an item are never cut.
 
     Args:
         pages: (items,) number of pages of each item.
-        blocks: parts to cut into.
-        window_cost: cost of an item's exact tokens in pages; 0 if there are none.
+        blocks: parts to cut into; some may stay empty.
+        entry_cost: what beginning and ending a range of pages or exact tokens costs, in pages.
+        window_cost: cost of an item's exact tokens in pages, without ``entry_cost``; 0 if there are none.
 
     Returns:
         (work, block_work) as in :class:`DecodePlan`.
     """
     items = len(pages)
-    cost = pages + window_cost
-    end = np.cumsum(cost)
-    cuts = np.arange(1, blocks) * (end[-1] / blocks)
-    item = np.minimum(np.searchsorted(end, cuts, side="right"), items - 1)
-    page = np.clip(np.rint(cuts - (end[item] - pages[item])), 0, pages[item]).astype(np.int64)
+    total = float(pages.sum() + items * (entry_cost + (window_cost + entry_cost if window_cost else 0.0)))
+    low, high = total / blocks, total + blocks * entry_cost + 1.0
+    cuts = _cuts(pages, blocks, entry_cost, window_cost, high) or []
+    for _ in range(12):
+        if high - low < 0.01 * low:
+            break
+        # Good budgets are near the lower bound: look there first.
+        middle = low + (high - low) * (0.1 if high > 1.5 * low else 0.5)
+        found = _cuts(pages, blocks, entry_cost, window_cost, middle)
+        if found is None:
+            low = middle
+        else:
+            high, cuts = middle, found
     # Entries begin at every item's exact tokens (page -1), at its first page, and at every cut inside it.
-    starts = [np.stack([item, page], 1)[(page > 0) & (page < pages[item])]]
     every = np.arange(items)
     packed = every[(pages > 0) | (window_cost == 0)]
-    starts.append(np.stack([packed, np.zeros_like(packed)], 1))
+    starts = [np.stack([packed, np.zeros_like(packed)], 1)]
     if window_cost > 0:
         starts.append(np.stack([every, np.full_like(every, -1)], 1))
+    cut = np.array(cuts, np.int64).reshape(-1, 2)
+    starts.append(cut[cut[:, 1] > 0])
     begin = np.unique(np.concatenate(starts), axis=0)
     last = np.append(begin[1:, 0] != begin[:-1, 0], True)
     stop = np.where(last, pages[begin[:, 0]], np.append(begin[1:, 1], 0))
@@ -75,10 +120,10 @@ def divide(pages: np.ndarray, blocks: int, window_cost: float) -> tuple[np.ndarr
     work[:-1, :6] = np.stack(
         [begin[:, 0], begin[:, 1], stop, np.arange(len(begin)), first[begin[:, 0]], count[begin[:, 0]]], 1
     )
-    # An entry belongs to the part in which it begins.
-    place = (end - pages)[begin[:, 0]] + np.where(begin[:, 1] < 0, -window_cost, begin[:, 1])
-    cut_at = np.where(page > 0, (end - pages)[item] + page, (end - cost)[item])
-    borders = np.concatenate([[0], np.searchsorted(place, cut_at, side="left"), [len(begin)]])
+    # An entry belongs to the block in whose stretch it begins.
+    width = int(pages.max(initial=0)) + 2
+    borders = np.searchsorted(begin[:, 0] * width + begin[:, 1], cut[:, 0] * width + cut[:, 1])
+    borders = np.concatenate([[0], borders, np.full(blocks - len(cut), len(begin))])
     block_work = np.zeros((blocks, 12), np.int32)
     block_work[:, 0], block_work[:, 1], block_work[:, 4:] = borders[:-1], borders[1:], work[borders[:-1]]
     return work, block_work
@@ -92,6 +137,7 @@ def make_plan(
     query_rows: int,
     head_dim: int,
     blocks: int,
+    entry_cost: float,
     window_cost: float,
     first_page: int,
     device: torch.device,
@@ -105,7 +151,7 @@ def make_plan(
         query_rows: query rows that a block handles at once.
         head_dim: of the queries.
         blocks: thread blocks that run at once.
-        window_cost: see :func:`divide`.
+        entry_cost, window_cost: see :func:`divide`.
         first_page: pages before this one are not held.
         device: of the launch.
 
@@ -116,7 +162,7 @@ def make_plan(
     if lens.shape != (rows,):
         raise ShapeError(f"packed_lens holds {lens.size} lengths for a batch of {rows}")
     pages = np.maximum(-(-lens // 64) - first_page, 0)
-    work, block_work = divide(np.repeat(pages, heads * row_blocks), blocks, window_cost)
+    work, block_work = divide(np.repeat(pages, heads * row_blocks), blocks, entry_cost, window_cost)
     for entries in (work, block_work[:, 4:]):
         entries[entries[:, 1] >= 0, 1:3] += first_page
     flat = torch.from_numpy(np.concatenate([work.reshape(-1), block_work.reshape(-1)]))

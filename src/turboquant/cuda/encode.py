@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import weakref
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..codec.center import KeyTransform
-from ..codec.layout import PAGE_TOKENS, encoder_bounds, lut_bytes, magnitudes
+from ..codec.layout import PAGE_TOKENS, PageLayout, encoder_bounds, lut_bytes, magnitudes
 from ..codec.page import PageCodec
 from ..errors import ShapeError
 from . import encode_torch, jit
@@ -21,6 +21,7 @@ from .pages import DTYPES, rotation_signs
 
 _ALIGNMENT = 16
 _WARPS = 4
+_IDENTITY = KeyTransform(None, None)
 
 
 class EncodeStruct(ctypes.Structure):
@@ -47,16 +48,21 @@ def _look_up(table: tuple[int, ...]) -> tuple[int, int]:
     return low, high
 
 
+@functools.lru_cache(maxsize=64)
 def code_defines(key_bits: int, value_bits: int) -> dict[str, int | str]:
     """Macros of csrc/encode_math.cuh that depend on the bits: bounds, squares and bytes of the levels."""
     _, _, key_bounds = encoder_bounds(key_bits, "key")
     middle, shifts, value_bounds = encoder_bounds(value_bits, "value")
     # Absolute levels of keys by the number of the magnitude.
     key_bytes = lut_bytes(key_bits, "key")[-(2 ** (key_bits - 1)) :]
+    # Levels of values by the number of the magnitude, at 1 to 3 bits those of negative ones behind.
     value_bytes = lut_bytes(value_bits, "value")
     low = value_bytes[0]
     if value_bits == 1:
         value_bytes = (low, low | 0x80)
+    elif value_bits < 4:
+        half = len(value_bytes) // 2
+        value_bytes = value_bytes[half:] + value_bytes[:half][::-1]
     (key0, key1), (value0, value1) = _look_up(key_bytes), _look_up(value_bytes)
     return {
         "TQ_KEY_BOUNDS": _words(key_bounds),
@@ -73,15 +79,22 @@ def code_defines(key_bits: int, value_bits: int) -> dict[str, int | str]:
     }
 
 
-def _defines(
-    codec: PageCodec, units: int, dtype: int, rotate: bool, center: int, pairs: int, interleaved: bool, balance: bool
+def kernel_defines(
+    layout: PageLayout,
+    dtype: int,
+    units: int = 1,
+    rotate: bool = True,
+    center: int = 0,
+    pairs: int = 0,
+    interleaved: bool = False,
+    balance: bool = False,
 ) -> dict[str, int | str]:
-    lay = codec.layout
+    """Macros of csrc/encode.cu, which explains them."""
     return {
-        "TQ_D": lay.head_dim,
-        "TQ_KB": lay.key_bits,
-        "TQ_VB": lay.value_bits,
-        "TQ_QJL": int(lay.qjl),
+        "TQ_D": layout.head_dim,
+        "TQ_KB": layout.key_bits,
+        "TQ_VB": layout.value_bits,
+        "TQ_QJL": int(layout.qjl),
         "TQ_UNITS": units,
         "TQ_DTYPE": dtype,
         "TQ_ROTATE": int(rotate),
@@ -89,10 +102,228 @@ def _defines(
         "TQ_PAIRS": pairs,
         "TQ_INTERLEAVED": int(interleaved),
         "TQ_BALANCE": int(balance),
-        "TQ_QJL_OFFSET": lay.qjl_offset,
-        "TQ_VALUE_OFFSET": lay.value_offset,
-        "TQ_KEY_SCALES": lay.key_scale_offset,
-        "TQ_QJL_NORMS": lay.qjl_norm_offset,
-        "TQ_VALUE_SCALES": lay.value_scale_offset,
-        **code_defines(lay.key_bits, lay.value_bits),
+        "TQ_QJL_OFFSET": layout.qjl_offset,
+        "TQ_VALUE_OFFSET": layout.value_offset,
+        "TQ_KEY_SCALES": layout.key_scale_offset,
+        "TQ_QJL_NORMS": layout.qjl_norm_offset,
+        "TQ_VALUE_SCALES": layout.value_scale_offset,
+        **code_defines(layout.key_bits, layout.value_bits),
     }
+
+
+class _Plan:
+    """What calls with one codec, transform, device and type share: macros, loaded kernels, device tables."""
+
+    def __init__(self, codec: PageCodec, transform: KeyTransform, dtype: torch.dtype, device: torch.device) -> None:
+        layout, rotation, rotary = codec.layout, codec.key_rotation, transform.rotary
+        d = layout.head_dim
+        centred = transform.statistics is not None
+        turned = centred and rotary is not None
+        pairs = rotary.rotary_dim // 2 if turned and rotary is not None else 0
+        #: The kernel rotates; otherwise torch centres, balances and rotates in front.
+        self.rotate = rotation.kind == "hadamard" and d & (d - 1) == 0 and pairs % 4 == 0
+        #: A kernel writes the pages; otherwise torch does.
+        self.supported = codec.per_head_scale and d % 32 == 0 and (self.rotate or not layout.qjl)
+        #: Angles of page starts are needed.
+        self.turned = turned
+        self.codec, self.transform, self.device = codec, transform, device
+        self._kernels: dict[tuple[Callable[..., Any], int], Any] = {}
+        self.struct = EncodeStruct()
+        balance = transform.balance(device) if self.rotate else None
+        centers = transform.table(device) if self.rotate else None
+        self._defines = {
+            "dtype": DTYPES[dtype] if self.rotate else DTYPES[torch.float32],
+            "rotate": self.rotate,
+            "center": 0 if centers is None else 1 if turned else 2,
+            "pairs": pairs if centers is not None else 0,
+            "interleaved": turned and self.rotate and rotary is not None and rotary.pairing == "interleaved",
+            "balance": balance is not None,
+        }
+        if self.rotate:
+            rotations = (codec.key_rotation, codec.value_rotation, codec.sketch)
+            self._tables = [centers, balance, *(rotation_signs(r, device) for r in rotations)]
+            names = ("centers", "balance", "key_signs", "value_signs", "qjl_signs")
+            for name, t in zip(names, self._tables, strict=True):
+                setattr(self.struct, name, None if t is None else t.data_ptr())
+        self.wide = 2 if d % 64 == 0 else 1
+        self.blocks = 2 * jit.multiprocessors(device) if self.supported else 0
+
+    def kernel(self, units: int) -> Any:
+        """The kernel whose lanes have ``units`` of 32 dims."""
+        key = (jit.get_kernel, units)
+        if key not in self._kernels:
+            defines = kernel_defines(self.codec.layout, units=units, **self._defines)  # type: ignore[arg-type]
+            self._kernels[key] = jit.get_kernel("encode", defines, self.device)
+        return self._kernels[key]
+
+
+_plans: weakref.WeakKeyDictionary[KeyTransform, dict[tuple[PageCodec, torch.dtype, torch.device], _Plan]]
+_plans = weakref.WeakKeyDictionary()
+
+
+def _plan(codec: PageCodec, transform: KeyTransform, dtype: torch.dtype, device: torch.device) -> _Plan:
+    plans = _plans.setdefault(transform, {})
+    found = plans.get((codec, dtype, device))
+    if found is None:
+        if dtype not in DTYPES:
+            raise ShapeError(f"keys and values are float16, bfloat16 or float32, not {dtype}")
+        found = plans[codec, dtype, device] = _Plan(codec, transform, dtype, device)
+    return found
+
+
+def _check(key: Tensor, value: Tensor, pool: Tensor, slots: Tensor | None, codec: PageCodec, index: Tensor | None) -> None:
+    b, h, t, d = key.shape
+    if value.shape != key.shape or value.dtype != key.dtype or d != codec.layout.head_dim:
+        raise ShapeError(
+            f"keys {tuple(key.shape)} {key.dtype} and values {tuple(value.shape)} {value.dtype} must be alike, with "
+            f"head_dim {codec.layout.head_dim}"
+        )
+    tail = (h, codec.layout.page_bytes)
+    if pool.dtype != torch.uint8 or pool.stride(-1) != 1 or tuple(pool.shape[-2:]) != tail:
+        raise ShapeError(
+            f"a pool is uint8 (..., {tail[0]}, {tail[1]}), contiguous in bytes, not {tuple(pool.shape)} {pool.dtype}"
+        )
+    if slots is None:
+        if pool.ndim != 4 or pool.shape[1] != b or pool.shape[0] * PAGE_TOKENS < t:
+            raise ShapeError(
+                f"without slot_mapping the pool is (pages for {t} tokens, {b}, {h}, bytes), not {tuple(pool.shape)}"
+            )
+    elif pool.ndim != 3:
+        raise ShapeError(f"with slot_mapping the pool is (blocks, {h}, bytes), not {tuple(pool.shape)}")
+    for name, x, dtype in (("slot_mapping", slots, torch.int64), ("token_index", index, torch.int32)):
+        if x is not None and (x.dtype != dtype or x.numel() != b * t or not x.is_contiguous()):
+            raise ShapeError(f"{name} is {dtype} with {b * t} numbers, contiguous, not {x.dtype} {tuple(x.shape)}")
+
+
+def _readable(x: Tensor) -> Tensor:
+    """``x``, or a copy, with rows that 16-byte loads can read."""
+    size = x.element_size()
+    s = x.stride()
+    if s[3] == 1 and not (x.data_ptr() | s[0] * size | s[1] * size | s[2] * size) % _ALIGNMENT:
+        return x
+    return x.contiguous()
+
+
+def encode_pages(
+    key: Tensor,
+    value: Tensor,
+    pool: Tensor,
+    slot_mapping: Tensor | None = None,
+    *,
+    codec: PageCodec,
+    transform: KeyTransform | None = None,
+    first_index: int = 0,
+    token_index: Tensor | None = None,
+    angles: Tensor | None = None,
+) -> None:
+    """Code new tokens into their pages, in place; other tokens of these pages keep their bytes.
+
+    Writes the bytes that ``codec.encode(transform.forward(key, ...), value)`` gives. Nothing is waited for. One launch
+    does all where head_dim is a power of two, 32 to 512, with Hadamard rotations. Other multiples of 32, and Haar rotations,
+    are centred and rotated by torch in front. Other head dims, QJL with such rotations, and scales shared by heads are
+    written by torch alone: correct, much slower, and it waits for the GPU.
+
+    Args:
+        key, value: (rows, heads, tokens, head_dim) float16, bfloat16 or float32, any strides (copied if the last is not 1 or rows
+            are not aligned to 16 bytes). A serving engine passes views (1, heads, tokens, head_dim).
+        pool: uint8. With ``slot_mapping``: (blocks, heads, page_bytes). Without: (pages, rows, heads, page_bytes), token t of a
+            row goes to page t / 64.
+        slot_mapping: int64, rows * tokens: block * 64 + slot of each token; negative tokens are skipped. Slots must differ, and
+            are not checked.
+        codec: layout and rotations.
+        transform: centring and balance of the keys, None for neither.
+        first_index: index of token 0 of every row in its sequence, left padding counted; a multiple of 64 without
+            ``slot_mapping``.
+        token_index: int32, rows * tokens, in place of ``first_index``: the index of each token (index % 64 is its slot's).
+        angles: cos and sin of page starts, float32 (rows or 1, pages, pairs, 2), from
+            :meth:`~turboquant.codec.rotary.PageAngles.get`. By default those without padding; needed with ``token_index``.
+
+    Raises:
+        ShapeError: tensors do not fit.
+        KernelError: the kernel does not compile or run here.
+    """
+    transform = _IDENTITY if transform is None else transform
+    _check(key, value, pool, slot_mapping, codec, token_index)
+    rows, heads, tokens, _ = key.shape
+    total = rows * tokens
+    if not total:
+        return
+    plan = _plan(codec, transform, key.dtype, key.device)
+    if plan.turned:
+        if angles is None:
+            if token_index is not None:
+                raise ShapeError("token_index needs angles: PageAngles.get(pages) of as many pages as the longest sequence has")
+            assert transform.rotary is not None
+            angles = transform.rotary.page_angles(key.device).get((first_index + tokens - 1) // PAGE_TOKENS + 1)
+        elif angles.shape[0] not in (1, rows) or angles.dtype != torch.float32 or not angles.is_contiguous():
+            raise ShapeError(f"angles are float32 (1 or {rows}, pages, pairs, 2), contiguous, not {tuple(angles.shape)}")
+    unaligned = (pool.data_ptr() | pool.stride(-2) | pool.stride(0) | pool.stride(-3)) % _ALIGNMENT
+    if not plan.supported or unaligned or not plan.rotate:
+        if token_index is None:
+            index = torch.arange(tokens, device=key.device).expand(rows, -1) + first_index
+        else:
+            index = token_index.view(rows, tokens).long()
+        coded = encode_torch.coded_keys(key, transform, index, slot_mapping, angles)
+        if not plan.supported or unaligned:
+            encode_torch.write_tokens(coded, value, pool, slot_mapping, codec)
+            return
+        key, value = codec.key_rotation.forward(coded), codec.value_rotation.forward(value)
+    key, value = _readable(key), _readable(value)
+    s = EncodeStruct.from_buffer_copy(plan.struct)
+    s.key, s.value, s.pool = key.data_ptr(), value.data_ptr(), pool.data_ptr()
+    s.key_row, s.key_head, s.key_token, _ = key.stride()
+    s.value_row, s.value_head, s.value_token, _ = value.stride()
+    s.block_stride, s.head_stride = pool.stride(0), pool.stride(-2)
+    s.tokens, s.total, s.first_index = tokens, total, first_index
+    if slot_mapping is not None:
+        s.slots = slot_mapping.data_ptr()
+    else:
+        s.row_stride = pool.stride(1)
+    if token_index is not None:
+        s.token_index = token_index.data_ptr()
+    if angles is not None and plan.turned:
+        s.angles, s.angles_row = angles.data_ptr(), angles.stride(0) if angles.shape[0] > 1 else 0
+    # Lanes with more dims do less work in all; small calls need many warps instead.
+    units, warps = plan.wide, _WARPS
+    groups = -(-total // (_vectors(codec.layout.head_dim, units) * warps))
+    s.split = int(groups * heads < plan.blocks)
+    if s.split:
+        units, warps = 1, 1
+        groups = 2 * -(-total // _vectors(codec.layout.head_dim, units))
+    shared = warps * _table_bytes(codec.layout.head_dim, units) if s.centers else 0
+    plan.kernel(units).launch((groups, heads, 1), 32 * warps, shared, s)
+
+
+def _vectors(head_dim: int, units: int) -> int:
+    """Vectors of a warp."""
+    lanes = head_dim // (32 * units)
+    return 32 >> (lanes - 1).bit_length()
+
+
+def _table_bytes(head_dim: int, units: int) -> int:
+    """Shared memory of a warp: a row of the centring table for each of its vectors."""
+    return _vectors(head_dim, units) * head_dim * 4
+
+
+def _instances() -> Iterator[dict[str, int | str]]:
+    """Every pair of bits at every head_dim, and every kind of input at one: what real models ask for, and all macros' values."""
+    plain = [(k, v, False) for k in (1, 2, 3, 4) for v in (1, 2, 3, 4)]
+    bits = plain + [(k, v, True) for k in (1, 2, 3) for v in (1, 2, 3, 4)]
+    for d in (32, 64, 128, 256, 512):
+        for units in (1, 2) if d > 32 else (1,):
+            for k, v, qjl in bits:
+                yield kernel_defines(PageLayout(d, k, v, qjl), 1, units, True, 1, d // 2, False, True)
+    centers = [(1, 64, False), (1, 64, True), (1, 32, False), (1, 32, True), (1, 16, False), (2, 0, False), (0, 0, False)]
+    for dtype in (0, 1, 2):
+        for units in (1, 2):
+            for center, pairs, interleaved in centers:
+                for balance in (True, False) if center else (False,):
+                    yield kernel_defines(PageLayout(128, 3, 3), dtype, units, True, center, pairs, interleaved, balance)
+    for d in range(32, 513, 32):
+        for units in (1, 2) if d % 64 == 0 else (1,):
+            yield kernel_defines(PageLayout(d, 3, 3), 2, units, rotate=False)
+    for k, v, _ in plain:
+        yield kernel_defines(PageLayout(96, k, v), 2, 1, rotate=False)
+
+
+jit.register_instances("encode", _instances, EncodeStruct)

@@ -50,7 +50,13 @@ def _fits(pages: PackedPages) -> bool:
     """Whether the kernel decodes these pages; torch does it otherwise."""
     d = pages.codec.layout.head_dim
     rotary = pages.transform.rotary if pages.center == 1 else None
-    return d % 32 == 0 and pages.aligned and (rotary is None or rotary.rotary_dim % 4 == 0)
+    fits = _shared_bytes(pages.codec.layout) <= jit.shared_memory(pages.device)[0]
+    return d % 32 == 0 and fits and pages.aligned and (rotary is None or rotary.rotary_dim % 4 == 0)
+
+
+def _shared_bytes(layout: PageLayout) -> int:
+    """The page, and 32-bit numbers for its tokens."""
+    return layout.page_bytes + PAGE_TOKENS * layout.head_dim * 4
 
 
 _weights: weakref.WeakKeyDictionary[KeyTransform, dict[tuple[object, ...], Tensor]] = weakref.WeakKeyDictionary()
@@ -146,7 +152,7 @@ def _writable(x: Tensor) -> bool:
 
 
 def _launch(pages: PackedPages, start: int, stop: int, out: tuple[Tensor, Tensor], sketch: Tensor | None) -> None:
-    codec, lay, device = pages.codec, pages.codec.layout, pages.device
+    codec, device = pages.codec, pages.device
     p = GatherParams()
     p.pages = pages.struct()
     p.key, p.value = (x.data_ptr() for x in out)
@@ -166,7 +172,7 @@ def _launch(pages: PackedPages, start: int, stop: int, out: tuple[Tensor, Tensor
         p.sketch = sketch.data_ptr()
     kernel = jit.get_kernel("gather", _defines(codec, pages.center if pages.rotates else 0, pages.rotates), device)
     grid = (-(-(stop - start) // PAGE_TOKENS), pages.num_kv_heads, out[0].shape[0])
-    kernel.launch(grid, _THREADS, lay.page_bytes + PAGE_TOKENS * lay.head_dim * 4, p)
+    kernel.launch(grid, _THREADS, _shared_bytes(codec.layout), p)
 
 
 def _rotated(pages: PackedPages, start: int, stop: int, out: tuple[Tensor, Tensor]) -> None:

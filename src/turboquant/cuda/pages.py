@@ -212,11 +212,6 @@ def level_defines(codec: PageCodec) -> dict[str, int]:
     return out
 
 
-def page_pool(pool: Tensor, table: Tensor) -> dict[str, object]:
-    """Fields of :class:`PackedPages` for a pool (blocks, heads, page_bytes) uint8 and its int32 block table (rows, pages)."""
-    return {"pool": pool, "table": table, "block_stride": pool.stride(0), "head_stride": pool.stride(1)}
-
-
 def max_packed(pages: PackedPages) -> int:
     """At least the longest ``packed_len`` of the batch, known without asking the GPU."""
     bound = (pages.first_page + pages.max_pages) * PAGE_TOKENS

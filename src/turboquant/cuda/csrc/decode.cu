@@ -23,34 +23,33 @@ TQ_KERNEL(tq_decode, Params, THREADS, TQ_BLOCKS) {
   if (TQ_ROTATE)
 #pragma unroll
     for (int i = threadIdx.x, k = 0; i < 2 * D; i += THREADS, k++) sign[k] = i < D ? p.key_rotation[i] : p.value_rotation[i - D];
-  Work work = block.work, next;
   RawRow raw;
-  if (block.first < block.last) raw.load(p, Item(p, work.item), warp, lane);
+  if (block.first < block.last) raw.load(p, Item(p, block.work.item), warp, lane);
   PageStream stream(p, sh, warp, lane, block);
   if (TQ_ROTATE) {
 #pragma unroll
     for (int i = threadIdx.x, k = 0; i < 2 * D; i += THREADS, k++) sh.matrix[i] = sign[k];
     sync_block();
   }
-  int table_head = -1;
-  for (int w = block.first; w < block.last; w++, work = next) {
-    const Item item(p, work.item);
-    const bool packed = work.begin >= 0;
-    next = p.work[w + 1];
-    Accumulator acc;
-    acc.clear();
-    prepare_queries(p, sh, item, packed, raw, warp, lane);
-    if (TQ_CENTER == 1 && packed && table_head != item.head) {
+  int number = block.work.item, begin = block.work.begin, end = block.work.end, table_head = -1;
+  for (int w = block.first; w < block.last; w++) {
+    const Item item(p, number);
+    prepare_queries(p, sh, item, begin >= 0, raw, warp, lane);
+    if (w == block.first) stream.fill();
+    if (TQ_CENTER == 1 && begin >= 0 && table_head != item.head) {
       table_head = item.head;
       const uint4* src = p.center_table + (size_t)item.head * CENTER_WORDS;
       for (int i = threadIdx.x; i < CENTER_WORDS; i += THREADS) sh.center[i] = src[i];
     }
     sync_block();
-    if (w + 1 < block.last) raw.load(p, Item(p, next.item), warp, lane);
-    if (packed) attend_pages(p, sh, item, work, stream, acc, warp, lane);
+    if (w + 1 < block.last && warp < ROWS) raw.load(p, Item(p, p.work[w + 1].item), warp, lane);
+    Accumulator acc;
+    acc.clear();
+    if (begin >= 0) attend_pages(p, sh, item, begin, end, stream, acc, warp, lane);
     else attend_exact(p, sh, item, acc, warp, lane);
-    merge_warps(sh, acc, warp, lane);
-    if (warp == 0) write_partial(p, acc, work.slot, item.rows, lane);
-    finish_item(p, sh, item, work, warp, lane);
+    // Read again: what is not held during the loop over pages leaves registers to it.
+    const Work work = p.work[w], next = p.work[w + 1];
+    finish_entry(p, sh, item, work, acc, warp, lane);
+    number = next.item, begin = next.begin, end = next.end;
   }
 }

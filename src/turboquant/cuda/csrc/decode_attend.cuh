@@ -42,7 +42,7 @@ TQ_DEVICE void turn_query(const Shared& sh, const float4* angles, int n, int lan
 #pragma unroll
   for (int s = 0; s < D / 16; s++) {
     const float4 q = sh.turn[(n * (D / 16) + s) * 32 + lane];
-    const float4 a = angles[(lane & 3) * (D / 16) + s];  // cos, sin of two pairs
+    const float4 a = angles[s * 4 + (lane & 3)];  // cos, sin of two pairs; four lanes read neighbours, free of bank conflicts
     b[s][0] = f32_to_f16x2(q.x * a.x + q.z * a.y, q.y * a.z + q.w * a.w);
     b[s][1] = f32_to_f16x2(q.z * a.x - q.x * a.y, q.w * a.z - q.y * a.w);
   }
@@ -50,8 +50,7 @@ TQ_DEVICE void turn_query(const Shared& sh, const float4* angles, int n, int lan
 #endif
 
 // Scores (base 2) of 16 tokens of a page for NB blocks of 8 query rows.
-TQ_DEVICE void page_scores(const Shared& sh, const uint8_t* page, int mt, int lane, const uint4 (&q)[NB][K_STEPS],
-                           const float (&unit)[NB][2], const float (&offset)[NB][2], float (&out)[NB][4]) {
+TQ_DEVICE void page_scores(const Shared& sh, const uint8_t* page, int mt, int lane, const float (&unit)[NB][2], float (&out)[NB][4]) {
   const int g = lane >> 2, c = lane & 3, ta = mt * 16 + tile_token(g);
   int high[NB][4] = {}, low[NB][4] = {};
 #pragma unroll
@@ -61,8 +60,9 @@ TQ_DEVICE void page_scores(const Shared& sh, const uint8_t* page, int mt, int la
     key_bytes<KB>(page, ta + 8, key_place(s, c), a1, a3);
 #pragma unroll
     for (int n = 0; n < NB; n++) {
-      mma_s8(high[n], a0, a1, a2, a3, q[n][s].x, q[n][s].y);
-      mma_s8(low[n], a0, a1, a2, a3, q[n][s].z, q[n][s].w);
+      const uint4 q = sh.query[(n * K_STEPS + s) * 32 + lane];  // read again each time: 16 registers less are one warp more
+      mma_s8(high[n], a0, a1, a2, a3, q.x, q.y);
+      mma_s8(low[n], a0, a1, a2, a3, q.z, q.w);
     }
   }
   const uint16_t* scales = (const uint16_t*)(page + K_SCALES);
@@ -72,7 +72,7 @@ TQ_DEVICE void page_scores(const Shared& sh, const uint8_t* page, int mt, int la
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const float x = (float)(high[n][i] * 256 + low[n][i]);
-      out[n][i] = (KB == 4 ? x + offset[n][i & 1] : x) * (unit[n][i & 1] * (i < 2 ? sa : sb));
+      out[n][i] = (KB == 4 ? x + sh.columns[ROWS + 8 * n + 2 * c + (i & 1)] : x) * (unit[n][i & 1] * (i < 2 ? sa : sb));
     }
 }
 
@@ -102,25 +102,18 @@ TQ_DEVICE void sketch_scores(const Shared& sh, const uint8_t* page, int mt, int 
 }
 #endif
 
-TQ_DEVICE void attend_pages(const Params& p, const Shared& sh, const Item& item, const Work& work, PageStream& stream, Accumulator& acc,
-                            int warp, int lane) {
+TQ_DEVICE void attend_pages(const Params& p, const Shared& sh, const Item& item, int begin, int end, PageStream& stream,
+                            Accumulator& acc, int warp, int lane) {
   const int g = lane >> 2, c = lane & 3;
   const Bounds bounds(p, item);
-  uint4 q[NB][K_STEPS];
-  float unit[NB][2], offset[NB][2];
+  float unit[NB][2];
 #pragma unroll
-  for (int n = 0; n < NB; n++) {
+  for (int n = 0; n < NB; n++)
 #pragma unroll
-    for (int s = 0; s < K_STEPS; s++) q[n][s] = sh.query[(n * K_STEPS + s) * 32 + lane];
-#pragma unroll
-    for (int j = 0; j < 2; j++) {
-      unit[n][j] = sh.columns[8 * n + 2 * c + j];
-      offset[n][j] = sh.columns[ROWS + 8 * n + 2 * c + j];
-    }
-  }
+    for (int j = 0; j < 2; j++) unit[n][j] = sh.columns[8 * n + 2 * c + j];
   // Values are multiplied by 2^(27 - exponent), exponent that of the largest scale met, so that p * scale uses the range of fp16.
   int exponent = 0;
-  for (int t = work.begin + warp; t < work.end; t += WARPS) {
+  for (int t = begin + warp; t < end; t += WARPS) {
     const uint8_t* page = stream.wait();
     float s[NB][4][4];
 #if TQ_CENTER == 1
@@ -131,7 +124,7 @@ TQ_DEVICE void attend_pages(const Params& p, const Shared& sh, const Item& item,
 #pragma unroll
     for (int mt = 0; mt < 4; mt++) {
       float x[NB][4];
-      page_scores(sh, page, mt, lane, q, unit, offset, x);
+      page_scores(sh, page, mt, lane, unit, x);
 #if TQ_QJL
       sketch_scores(sh, page, mt, lane, x);
 #endif

@@ -2,119 +2,124 @@
 #pragma once
 #include "decode_exact.cuh"
 
-// Merge the warps' accumulators into that of warp 0, halving the number of warps each time.
-TQ_DEVICE void merge_warps(Shared& sh, Accumulator& acc, int warp, int lane) {
-  constexpr int PER_BLOCK = TILES * 4 + 4, L = MERGE_LANES;
-  const bool used = !FEW || (lane & 2) == 0;
-  lane = FEW ? lane >> 2 << 1 | (lane & 1) : lane;
-  for (int count = WARPS; count > 1;) {
-    const int half = (count + 1) / 2;
-    if (used && warp >= half && warp < count) {
-      float* to = sh.merge + (warp - half) * NB * PER_BLOCK * L + lane;
-#pragma unroll
-      for (int n = 0; n < NB; n++, to += PER_BLOCK * L) {
-        to[0] = acc.m[n][0], to[L] = acc.m[n][1], to[2 * L] = acc.l[n][0], to[3 * L] = acc.l[n][1];
-#pragma unroll
-        for (int i = 0; i < TILES * 4; i++) to[(4 + i) * L] = acc.o[n][i / 4][i % 4];
-      }
-    }
-    sync_block();
-    if (used && warp + half < count) {
-      const float* from = sh.merge + warp * NB * PER_BLOCK * L + lane;
-#pragma unroll
-      for (int n = 0; n < NB; n++, from += PER_BLOCK * L) {
-        const float m0 = fmaxf(acc.m[n][0], from[0]), m1 = fmaxf(acc.m[n][1], from[L]);
-        const float e0 = ex2(from[0] - m0), e1 = ex2(from[L] - m1);
-        acc.scale(n, ex2(acc.m[n][0] - m0), ex2(acc.m[n][1] - m1));
-        acc.m[n][0] = m0, acc.m[n][1] = m1;
-        acc.l[n][0] += e0 * from[2 * L], acc.l[n][1] += e1 * from[3 * L];
-#pragma unroll
-        for (int i = 0; i < TILES * 4; i++) acc.o[n][i / 4][i % 4] += (i & 1 ? e1 : e0) * from[(4 + i) * L];
-      }
-    }
-    count = half;
-    if (count > 1) sync_block();
-  }
-}
-
-TQ_DEVICE void write_partial(const Params& p, const Accumulator& acc, int slot, int rows, int lane) {
+// Every warp puts its accumulator into shared memory, row by row.
+TQ_DEVICE void store_accumulator(Shared& sh, const Accumulator& acc, int warp, int lane) {
   const int g = lane >> 2, c = lane & 3;
 #pragma unroll
   for (int n = 0; n < NB; n++)
 #pragma unroll
     for (int j = 0; j < 2; j++) {
+      const int row = 8 * n + 2 * c + j;
       float l = acc.l[n][j];
 #pragma unroll
       for (int m = 4; m < 32; m <<= 1) l += shfl_xor(l, m);
-      const int row = 8 * n + 2 * c + j;
-      if (row >= rows) continue;
-      if (g == 0) *(float2*)(p.part_ml + ((size_t)slot * ROWS + row) * 2) = float2{acc.m[n][j], l};
-      float* to = p.part_out + ((size_t)slot * ROWS + row) * D;
+      if (row >= MERGE_ROWS) continue;
+      if (g == 0) sh.merge_sums[warp * MERGE_ROWS + row] = float2{acc.m[n][j], l};
+      float* to = sh.merge + (warp * MERGE_ROWS + row) * LINE;
 #pragma unroll
       for (int quad = 0; quad < D / 32; quad++)
-        *(float4*)(to + value_dim(quad, g)) =
+        *(float4*)(to + line_place(value_dim(quad, g))) =
             float4{acc.o[n][2 * quad][j], acc.o[n][2 * quad][2 + j], acc.o[n][2 * quad + 1][j], acc.o[n][2 * quad + 1][2 + j]};
     }
 }
 
-// One query row from all its partial results; those of pages are still rotated, that of the exact tokens (the first) is not.
-TQ_DEVICE void finish_row(const Params& p, const Shared& sh, const Item& item, int slot, int count, int row, float* line, int lane) {
-  const int r = item.first + row, token = r / p.group, head = item.head * p.group + r % p.group;
-  float top = NEVER;
-  for (int i = lane; i < count; i += 32) top = fmaxf(top, p.part_ml[((size_t)(slot + i) * ROWS + row) * 2]);
+// The sum over the warps: to memory if other blocks work on the item, else to sh.lines.
+TQ_DEVICE void merge_warps(const Params& p, Shared& sh, const Item& item, const Work& work) {
+  const bool alone = work.slots == 1;
+  for (int i = threadIdx.x; i < item.rows * D; i += THREADS) {
+    const int row = i / D, dim = i % D;
+    float top = NEVER, l = 0.f, x = 0.f;
 #pragma unroll
-  for (int m = 16; m; m >>= 1) top = fmaxf(top, shfl_xor(top, m));
-  const float sink = p.sink_logits ? p.sink_logits[head] * LOG2E : NEVER;
-  const float base = fmaxf(top, sink);
-  float x[PER_LANE] = {}, exact[PER_LANE] = {}, total = 0.f;
-  const int pages = p.has_window ? 1 : 0;  // first slot of pages
-  for (int i0 = 0; i0 < count; i0 += 32) {
-    float weight = 0.f;
-    if (i0 + lane < count) {
-      const float2 ml = *(const float2*)(p.part_ml + ((size_t)(slot + i0 + lane) * ROWS + row) * 2);
-      weight = ex2(ml.x - base);
-      total += weight * ml.y;
+    for (int w = 0; w < WARPS; w++) top = fmaxf(top, sh.merge_sums[w * MERGE_ROWS + row].x);
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) {
+      const float2 ml = sh.merge_sums[w * MERGE_ROWS + row];
+      const float f = ex2(ml.x - top);
+      l += f * ml.y;
+      x += f * sh.merge[(w * MERGE_ROWS + row) * LINE + line_place(dim)];
     }
-    const int n = min(32, count - i0);
-    const float* from = p.part_out + ((size_t)(slot + i0) * ROWS + row) * D + lane;
-    int i = 0;
-    if (i0 == 0 && pages) {
-      const float f = shfl(weight, 0);
-#pragma unroll
-      for (int k = 0; k < PER_LANE; k++) exact[k] = f * from[k * 32];
-      i = 1;
-    }
-#pragma unroll 8
-    for (; i < n; i++) {
-      const float f = shfl(weight, i);
-#pragma unroll
-      for (int k = 0; k < PER_LANE; k++) x[k] += f * from[(size_t)i * ROWS * D + k * 32];
+    if (alone) {
+      const bool packed = work.begin >= 0;
+      sh.lines[row * D + dim] = packed ? x : 0.f;
+      sh.lines[(MERGE_ROWS + row) * D + dim] = packed ? 0.f : x;
+      if (dim == 0) sh.line_sums[row] = float2{top, l};
+    } else {
+      const size_t to = (size_t)work.slot * ROWS + row;
+      p.part_out[to * D + dim] = x;
+      if (dim == 0) *(float2*)(p.part_ml + 2 * to) = float2{top, l};
     }
   }
-  total = sum_of_lanes(total);
-  const float with_sink = p.sink_logits ? total + ex2(sink - base) : total;
-  const float inverse = with_sink > 0.f ? 1.f / with_sink : 0.f;
+}
+
+// The sum over an item's partial results: 32 dims of a row per warp. The first slot is that of the exact tokens, if there are any.
+TQ_DEVICE void merge_slots(const Params& p, Shared& sh, const Item& item, const Work& work, int warp, int lane) {
+  for (int task = warp; task < item.rows * PER_LANE; task += WARPS) {
+    const int row = task / PER_LANE, dim = task % PER_LANE * 32 + lane;
+    const float* from = p.part_out + ((size_t)work.first_slot * ROWS + row) * D + dim;
+    const float2* sums = (const float2*)p.part_ml + (size_t)work.first_slot * ROWS + row;
+    float top = NEVER, total = 0.f, x = 0.f, exact = 0.f;
+    for (int i = lane; i < work.slots; i += 32) top = fmaxf(top, sums[(size_t)i * ROWS].x);
+#pragma unroll
+    for (int m = 16; m; m >>= 1) top = fmaxf(top, shfl_xor(top, m));
+    for (int i0 = 0; i0 < work.slots; i0 += 32) {
+      float weight = 0.f;
+      if (i0 + lane < work.slots) {
+        const float2 ml = sums[(size_t)(i0 + lane) * ROWS];
+        weight = ex2(ml.x - top);
+        total += weight * ml.y;
+      }
+      const int n = min(32, work.slots - i0);
+#pragma unroll 8
+      for (int i = 0; i < n; i++) {
+        const float v = from[(size_t)(i0 + i) * ROWS * D] * shfl(weight, i);
+        if (p.has_window && i0 + i == 0) exact = v;
+        else x += v;
+      }
+    }
+    sh.lines[row * D + dim] = x;
+    sh.lines[(MERGE_ROWS + row) * D + dim] = exact;
+    total = sum_of_lanes(total);
+    if (dim == 0) sh.line_sums[row] = float2{top, total};
+  }
+}
+
+// One row of the result: the part of the pages turned back into the model's basis, and the exact part.
+TQ_DEVICE void write_row(const Params& p, const Shared& sh, const Item& item, int row, float* line, int lane) {
+  const int r = item.first + row, token = r / p.group, head = item.head * p.group + r - token * p.group;
+  const float2 sums = sh.line_sums[row];
+  float x[PER_LANE], base = sums.x, total = sums.y;
+#pragma unroll
+  for (int k = 0; k < PER_LANE; k++) x[k] = sh.lines[row * D + k * 32 + lane];
+  if (p.sink_logits) {
+    const float sink = p.sink_logits[head] * LOG2E;
+    base = fmaxf(base, sink);
+    total = total * ex2(sums.x - base) + ex2(sink - base);
+  }
+  const float inverse = total > 0.f ? ex2(sums.x - base) / total : 0.f;
   rotate_back(x, TQ_ROTATE ? sh.matrix + D : p.value_rotation, line, lane);
   const int64_t to = (int64_t)item.row * p.out_row + (int64_t)head * p.out_head + (int64_t)token * p.out_token;
 #pragma unroll
-  for (int k = 0; k < PER_LANE; k++) store_number(p.out, to + k * 32 + lane, (x[k] + exact[k]) * inverse);
+  for (int k = 0; k < PER_LANE; k++) store_number(p.out, to + k * 32 + lane, (x[k] + sh.lines[(MERGE_ROWS + row) * D + k * 32 + lane]) * inverse);
   if (lane == 0)
-    p.lse[((int64_t)item.row * p.heads * p.group + head) * p.tokens + token] =
-        with_sink > 0.f ? (base + lg2(with_sink)) * LN2 : as_float(0xFF800000u);
+    p.lse[((int64_t)item.row * p.heads * p.group + head) * p.tokens + token] = total > 0.f ? (base + lg2(total)) * LN2 : as_float(0xFF800000u);
 }
 
-TQ_DEVICE void finish_item(const Params& p, Shared& sh, const Item& item, const Work& work, int warp, int lane) {
-  if (warp == 0) {
-    sync_warp();
-    // Released by one lane for the warp: the partial result is visible before the count.
-    if (lane == 0) {
+// After an entry: its partial result, and the item's result if this was the last entry to come in.
+TQ_DEVICE void finish_entry(const Params& p, Shared& sh, const Item& item, const Work& work, const Accumulator& acc, int warp, int lane) {
+  store_accumulator(sh, acc, warp, lane);
+  sync_block();
+  merge_warps(p, sh, item, work);
+  if (work.slots > 1) {
+    sync_block();
+    if (threadIdx.x == 0) {
       const bool all = atomic_add_acq_rel(&p.counters[work.item], 1) == work.slots - 1;
       if (all) p.counters[work.item] = 0;
       *sh.flag = all;
     }
+    sync_block();
+    if (!*sh.flag) return;
+    merge_slots(p, sh, item, work, warp, lane);
   }
   sync_block();
-  if (*sh.flag)
-    for (int row = warp; row < item.rows; row += WARPS)
-      finish_row(p, sh, item, work.first_slot, work.slots, row, sh.matrix + warp * D, lane);
+  for (int row = warp; row < item.rows; row += WARPS) write_row(p, sh, item, row, sh.matrix + warp * D, lane);
 }

@@ -2,6 +2,9 @@
 #pragma once
 #include "decode_queries.cuh"
 
+#ifndef HI16
+#define HI16(x) ((x) >> 16)
+#endif
 constexpr int TILES = D / 16;  // output fragments: 16 dims x 8 query rows
 
 struct Accumulator {
@@ -59,8 +62,14 @@ struct PageStream {
     sync_warp();
 #endif
     find();
+    if (warp < WARPS / 2) issue(0);
+  }
+
+  // The rest of the first loads. All at once they would be 6 us of traffic, and the first queries would wait behind them.
+  TQ_DEVICE void fill() {
+    if (warp >= WARPS / 2) issue(0);
 #pragma unroll
-    for (int s = 0; s < STAGES; s++) issue(s);
+    for (int s = 1; s < STAGES; s++) issue(s);
   }
 
   TQ_DEVICE void enter(const Work& work) {
@@ -165,7 +174,7 @@ template <int BITS> TQ_DEVICE void key_bytes(const uint8_t* planes, int token, c
   } else {
     const uint32_t s = selectors<BITS>(planes, token, at);
     first = prmt(TQ_KLUT0, TQ_KLUT1, s);
-    second = prmt(TQ_KLUT0, TQ_KLUT1, s >> 16);
+    second = prmt(TQ_KLUT0, TQ_KLUT1, HI16(s));
     if constexpr (BITS == 4) {
       first ^= prmt(signs<4>(planes, token, at, 0), 0u, 0xBA98u);
       second ^= prmt(signs<4>(planes, token, at, 1), 0u, 0xBA98u);
@@ -182,7 +191,7 @@ TQ_DEVICE void value_pairs(const uint8_t* planes, int token, const Place& at, ui
     if constexpr (VB == 1) {
       x[u] = signs<1>(planes, t, at, 0);
     } else {
-      x[u] = prmt(TQ_VLUT0, TQ_VLUT1, selectors<VB>(planes, t, at) >> (16 * at.half));
+      x[u] = prmt(TQ_VLUT0, TQ_VLUT1, (at.half ? HI16(selectors<VB>(planes, t, at)) : selectors<VB>(planes, t, at)));
       if constexpr (VB == 4) x[u] ^= signs<4>(planes, t, at, 0) & 0x80808080u;
     }
   }

@@ -90,9 +90,10 @@ constexpr int K_STEPS = D / 32;                                   // int8 produc
 constexpr int QUERY_WORDS = NB * K_STEPS * 32;                    // uint4 (high 0, high 1, low 0, low 1) per step and lane
 constexpr int TURN_WORDS = TQ_CENTER == 1 ? NB * (D / 16) * 32 : 0;  // float4 (firsts, seconds) per step and lane
 constexpr int PLAIN_WORDS = NB * (D / 16) * 32;                   // uint2 of four fp16 per step and lane
-constexpr int MERGE_WARPS = (WARPS + 1) / 2;
-constexpr int MERGE_LANES = FEW ? 16 : 32;
-constexpr int MERGE_FLOATS = MERGE_WARPS * (NB * (D / 16) * 4 + 4 * NB) * MERGE_LANES;
+constexpr int MERGE_ROWS = FEW ? 4 : ROWS;
+constexpr int LINE = D + 4 * (D / 16);  // a row of floats with gaps, so that fragments are stored without bank conflicts
+TQ_DEVICE constexpr int line_place(int dim) { return dim + 4 * (dim >> 4); }
+constexpr int MERGE_FLOATS = WARPS * MERGE_ROWS * (LINE + 2) + MERGE_ROWS * (2 * D + 2);
 constexpr int MATRIX_FLOATS = TQ_ROTATE ? 2 * D : WARPS * D;  // signs of keys and values, or a vector per warp
 
 struct Shared {
@@ -103,7 +104,9 @@ struct Shared {
   uint2* plain;
   float* columns;  // (4, ROWS): scale of a query row, constant of its codes, and both of its sketch
   float* matrix;   // key and value signs; or a vector per warp while it is multiplied by a matrix
-  float* merge;
+  float* merge;        // (WARPS, MERGE_ROWS, LINE)
+  float* lines;        // (2, MERGE_ROWS, D): parts of pages and of exact tokens
+  float2 *merge_sums, *line_sums;  // maximum and sum
   uint64_t* bars;
   int* flag;
   TQ_DEVICE explicit Shared(uint8_t* s) {
@@ -120,6 +123,9 @@ struct Shared {
     plain = (uint2*)s;  // packed and exact entries do not need their queries at the same time, but entries overlap
     s += PLAIN_WORDS * 8;
     merge = (float*)s;
+    lines = merge + WARPS * MERGE_ROWS * LINE;
+    merge_sums = (float2*)(lines + 2 * MERGE_ROWS * D);
+    line_sums = merge_sums + WARPS * MERGE_ROWS;
     s += MERGE_FLOATS * 4;
     matrix = (float*)s;
     s += MATRIX_FLOATS * 4;

@@ -171,7 +171,7 @@ TQ_DEVICE void prepare_row(const Params& p, Shared& sh, const Item& item, bool p
 #pragma unroll
   for (int k = 0; k < PER_LANE; k++) {
     const int at_pair = pair_order(p, k * 32 + lane), second = at_pair >= D / 2, i = at_pair - second * (D / 2);
-    const int owner = (row & 7) * 4 + i / (D / 8), step = i % (D / 8) / 2;
+    const int owner = (row & 7) * 4 + i % 8 / 2, step = i / 8;
     ((float*)&sh.turn[((row >> 3) * (D / 16) + step) * 32 + owner])[2 * second + (i & 1)] = x[k] * (p.scale * LOG2E);
   }
 #elif TQ_CENTER == 2

@@ -5,7 +5,7 @@
 //
 // Defines: TQ_D, TQ_KB, TQ_VB, TQ_QJL; TQ_UNITS of 32 dims per lane; TQ_DTYPE of key and value (0 fp16, 1 bf16, 2 fp32);
 // TQ_ROTATE (0: they are centred, balanced and rotated already); TQ_CENTER (0 no, 1 by R_p mu, 2 by a constant), TQ_PAIRS and
-// TQ_INTERLEAVED of the rotary embedding; TQ_BALANCE; and the tables of codec/layout.py.
+// TQ_INTERLEAVED of the rotary embedding; TQ_BALANCE (only with centring); and the tables of codec/layout.py.
 #include "common.cuh"
 #include "encode_math.cuh"
 
@@ -60,9 +60,12 @@ static_assert(TQ_ROTATE && SPAN == LANES && TQ_PAIRS % 4 == 0, "centring in the 
 // that read their k-th chunks at the same time meet eight different groups of banks.
 TQ_DEVICE uint32_t center_chunks(int v, int part) { return v * D * 4 + part * DIMS * 4 + (v * SPAN + part) % 8 * 16; }
 
-// x -= R_p (R_j mu): the warp's rows j of the table come through shared memory.
-TQ_DEVICE void subtract_center(Part& x, const Params& p, const Vector& v, int head, uint8_t* rows) {
-  const int lane = threadIdx.x & 31, part = lane % SPAN;
+// False. A branch keeps the compiler from issuing all loads at once, which would spill registers.
+TQ_DEVICE bool hold_loads(const Params& p) { return p.tokens < 0; }
+
+// The warp's rows j of the table, to shared memory.
+TQ_DEVICE void stage_centers(const Params& p, const Vector& v, int head, uint8_t* rows) {
+  const int lane = threadIdx.x & 31;
   const uint8_t* table = (const uint8_t*)(p.centers + (int64_t)head * 64 * D);
 #pragma unroll
   for (int i = 0; i < VECTORS * D / 4; i += 32) {
@@ -72,12 +75,26 @@ TQ_DEVICE void subtract_center(Part& x, const Params& p, const Vector& v, int he
     *(float4*)(rows + (center_chunks(row, chunk / (DIMS / 4)) ^ chunk % (DIMS / 4) * 16)) = c;
   }
   sync_warp();
+}
+
+TQ_DEVICE void multiply(float (&x)[4], const float4& f) {
+  x[0] = mul_rn(x[0], f.x), x[1] = mul_rn(x[1], f.y), x[2] = mul_rn(x[2], f.z), x[3] = mul_rn(x[3], f.w);
+}
+
+// x <- (x - R_p (R_j mu)) times the balance, times the signs.
+TQ_DEVICE void center(Part& x, const Params& p, const Vector& v, int head, const uint8_t* rows) {
+  const int lane = threadIdx.x & 31, part = lane % SPAN;
+  const float4* signs = (const float4*)(p.key_signs + part * DIMS);
+#if TQ_BALANCE
+  const float4* balance = (const float4*)(p.balance + head * D + part * DIMS);
+#endif
   const uint32_t mine = center_chunks(lane / SPAN, part);
 #if TQ_CENTER == 1
   const float* angles = p.angles + v.row * p.angles_row + (int64_t)v.page * (2 * TQ_PAIRS);
 #endif
 #pragma unroll
   for (int k = 0; k < DIMS / 4; k++) {
+    if (k && k % 2 == 0 && hold_loads(p)) return;
     const float4 c = *(const float4*)(rows + (mine ^ 16 * k));
     float o[4] = {c.x, c.y, c.z, c.w};
 #if TQ_CENTER == 1
@@ -106,11 +123,19 @@ TQ_DEVICE void subtract_center(Part& x, const Params& p, const Vector& v, int he
 #endif
 #endif
 #pragma unroll
-    for (int e = 0; e < 4; e++) x[4 * k + e] = sub_rn(x[4 * k + e], o[e]);
+    for (int e = 0; e < 4; e++) o[e] = sub_rn(x[4 * k + e], o[e]);
+#if TQ_BALANCE
+    multiply(o, __ldg(balance + k));
+#endif
+    multiply(o, __ldg(signs + k));
+#pragma unroll
+    for (int e = 0; e < 4; e++) x[4 * k + e] = o[e];
   }
-  sync_warp();
 }
 #endif
+
+// The slot, by way of the lanes: else the compiler makes all addresses of stores early and keeps them in registers.
+TQ_DEVICE int late_slot(const Vector& v) { return (int)shfl((uint32_t)v.slot, threadIdx.x & 31); }
 
 TQ_DEVICE float root_mean_square(float norm2) { return sqrt_rn(mul_rn(norm2, (float)(1.0 / D))); }
 TQ_DEVICE void clear_unused(Part& x, bool used) {
@@ -122,16 +147,19 @@ TQ_DEVICE void clear_unused(Part& x, bool used) {
 TQ_DEVICE void code_key(const Params& p, const Vector& v, int head, int part, bool used, uint8_t* page, uint8_t* shared) {
   const int dim = used ? DIMS * part : 0;
   constexpr int SIZE = TQ_DTYPE == 2 ? 4 : 2;
+#if TQ_CENTER
+  uint8_t* rows = shared + (threadIdx.x >> 5) * (VECTORS * D * 4);
+  stage_centers(p, v, head, rows);
+  if (hold_loads(p)) return;
+#endif
   Part x;
   load_numbers(x, (const uint8_t*)p.key + (v.row * p.key_row + head * p.key_head + v.token * p.key_token + dim) * SIZE);
 #if TQ_CENTER
-  subtract_center(x, p, v, head, shared + (threadIdx.x >> 5) * (VECTORS * D * 4));
-#endif
-#if TQ_BALANCE
-  multiply(x, p.balance + head * D + dim);
+  center(x, p, v, head, rows);
+#elif TQ_ROTATE
+  multiply(x, p.key_signs + dim);
 #endif
 #if TQ_ROTATE
-  multiply(x, p.key_signs + dim);
   hadamard(x, part);
 #endif
   clear_unused(x, used);
@@ -140,8 +168,9 @@ TQ_DEVICE void code_key(const Params& p, const Vector& v, int head, int part, bo
   const float squares = quantize<KeyCodes>(codes, x, root_mean_square(norm2));
   const uint16_t scale = half_scale(sqrt_rn(div_rn(norm2, squares)));
   const bool stored = v.stored && used;
-  if (stored) store_planes<TQ_KB>(page, codes, v.slot, part);
-  if (stored && part == 0) ((uint16_t*)(page + TQ_KEY_SCALES))[v.slot] = scale;
+  const int slot = late_slot(v);
+  if (stored) store_planes<TQ_KB>(page, codes, slot, part);
+  if (stored && part == 0) ((uint16_t*)(page + TQ_KEY_SCALES))[slot] = scale;
 #if TQ_QJL
   subtract_levels(x, codes, f16_to_f32(scale));
   const uint16_t norm = half_scale(sqrt_rn(dot(x, x)));
@@ -151,8 +180,8 @@ TQ_DEVICE void code_key(const Params& p, const Vector& v, int head, int part, bo
   for (int u = 0; u < UNITS; u++)
 #pragma unroll
     for (int at = 31; at >= 0; at--) codes[u].sign = push_sign(codes[u].sign, x[32 * u + dim_of_bit(at)]);
-  if (stored) store_planes<1>(page + TQ_QJL_OFFSET, codes, v.slot, part);
-  if (stored && part == 0) ((uint16_t*)(page + TQ_QJL_NORMS))[v.slot] = norm;
+  if (stored) store_planes<1>(page + TQ_QJL_OFFSET, codes, slot, part);
+  if (stored && part == 0) ((uint16_t*)(page + TQ_QJL_NORMS))[slot] = norm;
 #endif
 }
 
@@ -171,12 +200,13 @@ TQ_DEVICE void code_value(const Params& p, const Vector& v, int head, int part, 
   Part level;
   value_levels(level, codes);
   const uint16_t scale = half_scale(div_rn(dot(x, level), squares));
+  const int slot = late_slot(v);
   if (!v.stored || !used) return;
-  store_planes<TQ_VB>(page + TQ_VALUE_OFFSET, codes, v.slot, part);
-  if (part == 0) ((uint16_t*)(page + TQ_VALUE_SCALES))[v.slot] = scale;
+  store_planes<TQ_VB>(page + TQ_VALUE_OFFSET, codes, slot, part);
+  if (part == 0) ((uint16_t*)(page + TQ_VALUE_SCALES))[slot] = scale;
 }
 
-TQ_KERNEL(tq_encode, Params, 128, 4) {
+TQ_KERNEL(tq_encode, Params, 128, 3) {
   TQ_SHARED(smem);
   const int group = p.split ? blockIdx.x >> 1 : blockIdx.x, warps = blockDim.x >> 5;
   const int first = (group * warps + (threadIdx.x >> 5)) * VECTORS;
@@ -185,6 +215,6 @@ TQ_KERNEL(tq_encode, Params, 128, 4) {
   const bool used = part < LANES;
   const Vector v = find(p, first);
   uint8_t* page = p.pool + v.block * p.block_stride + v.row * p.row_stride + head * p.head_stride;
-  if (!p.split || !(blockIdx.x & 1)) code_key(p, v, head, part, used, page, smem);
   if (!p.split || blockIdx.x & 1) code_value(p, v, head, part, used, page);
+  if (!p.split || !(blockIdx.x & 1)) code_key(p, v, head, part, used, page, smem);
 }

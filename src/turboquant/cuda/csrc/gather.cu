@@ -72,7 +72,7 @@ TQ_DEVICE void write_units(const float* stage, int base, void* out, int64_t at, 
   sync_warp();
 }
 
-TQ_KERNEL(tq_gather, Params, THREADS, 3) {
+TQ_KERNEL(tq_gather, Params, THREADS, TQ_QJL || TQ_CENTER == 2 || TQ_D > 256 ? 3 : 4) {
   TQ_SHARED(smem);
   uint8_t* data = smem;
   float* stage = (float*)(smem + PAGE_BYTES);  // a unit of 32 floats for each of the page's
