@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .cache import TurboQuantCache
     from .codec.center import Statistics
     from .codec.rotary import Rotary
-    from .integrations.huggingface import prefill
+    from .integrations.huggingface.prefill import prefill
     from .offload.store import TurboQuantStore
 
 __version__ = "0.1.0.dev0"

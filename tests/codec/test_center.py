@@ -87,6 +87,25 @@ def test_scores_depend_on_the_distance_only(p: int, q: int) -> None:
     assert float((turn(x, p) * turn(y, q)).sum()) == pytest.approx(float((turn(x, p - q) * y).sum()), abs=2e-5)
 
 
+@pytest.mark.parametrize("starts", [None, [0, 7, 200]], ids=["shared", "padded"])
+def test_angles_of_page_starts(starts: list[int] | None) -> None:
+    r, device = rotary(), torch.device("cpu")
+    angles = r.page_angles(device, None if starts is None else torch.tensor(starts))
+    for pages in (1, 70, 300):  # grows
+        table = angles.get(pages)
+        assert table.dtype == torch.float32
+        assert table.is_contiguous()
+        assert table.shape[0] == len(starts or [0])
+        assert table.shape[1] >= pages
+        first = 64 * torch.arange(table.shape[1])[None] - torch.tensor(starts or [0])[:, None]
+        assert torch.equal(table, torch.stack(r.cos_sin(first), dim=-1))
+    assert angles.get(300) is angles.get(5)
+    assert (r.page_angles(device) is angles) is (starts is None)
+    if starts is None:
+        cos, sin = r.page_table(device, 3)
+        assert torch.equal(torch.stack((cos, sin), dim=-1), angles.get(3)[0, :3])
+
+
 # -- transform ------------------------------------------------------------------------------------------------------------
 
 
@@ -109,8 +128,46 @@ def test_transform_can_be_undone(r: Rotary | None, balanced: bool) -> None:
     torch.testing.assert_close(coded, expected.float(), atol=3e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("r", CASES)
+def test_offset_is_taken_in_two_steps(r: Rotary | None) -> None:
+    # R_p (R_j mu) with p the first position of each page: the statement that kernels follow to the bit.
+    transform = KeyTransform(KeyStatistics(randn(HEADS, DIM)), r)
+    positions = positions_with_padding(0, 70, tokens=192) + 640
+    table = transform.table(positions.device)
+    assert table is not None
+    assert table is transform.table(positions.device)
+    found = transform.offset(positions)
+    assert found is not None
+    assert found.shape == (2, HEADS, 192, DIM)
+    for page in range(3):
+        for row in range(2):
+            want = table
+            if r is not None:
+                cos, sin = r.cos_sin(positions[row, 64 * page])
+                want = r.apply(table, cos, sin)
+            assert torch.equal(found[row, :, 64 * page : 64 * page + 64], want)
+    if r is not None:
+        angles = r.page_angles(positions.device, torch.tensor([0, 70])).get(13)[:, 10:13]
+        assert torch.equal(found, transform.page_offset(angles[..., 0], angles[..., 1]))
+    mean = transform.statistics.mean if transform.statistics is not None else randn(0)
+    spread = mean[None, :, None].expand(2, -1, 192, -1)
+    direct = spread.double() if r is None else complex_rotation(spread, positions, r)
+    torch.testing.assert_close(found, direct.float(), atol=2e-6, rtol=0)
+
+
+def test_bytes_of_a_transform() -> None:
+    transform = KeyTransform(KeyStatistics(randn(HEADS, DIM), randn(HEADS, DIM)), rotary())
+    vector = 4 * HEADS * DIM
+    assert transform.nbytes == 2 * vector
+    transform.forward(randn(1, HEADS, 64, DIM), torch.arange(64)[None])
+    assert transform.nbytes == (2 + 64) * vector
+    assert KeyTransform(None, None).nbytes == 0
+
+
 def test_without_statistics_nothing_changes() -> None:
     transform = KeyTransform(None, rotary())
+    assert transform.table(torch.device("cpu")) is None
+    assert transform.page_offset(torch.ones(1, 1, DIM // 2), torch.zeros(1, 1, DIM // 2)) is None
     keys, positions = randn(1, HEADS, 7, DIM), torch.arange(7)[None]
     assert transform.offset(positions) is None
     assert torch.equal(transform.forward(keys, positions), keys)

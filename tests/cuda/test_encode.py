@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -175,9 +178,7 @@ def scatter(device: torch.device, layout: PageLayout, where: list[tuple[int, int
     # Views as a serving engine has them: (tokens, heads, dim), keys and values in one buffer.
     both = torch.stack((key, value), dim=2).permute(1, 0, 2, 3).contiguous().to(device)
     views = (both[:, :, i].transpose(0, 1)[None] for i in range(2))
-    encode_pages(
-        *views, pool, slots.to(device), codec=codec, transform=transform, token_index=index.to(device), angles=angles
-    )
+    encode_pages(*views, pool, slots.to(device), codec=codec, transform=transform, token_index=index.to(device), angles=angles)
     assert torch.equal(pool.cpu(), expected)
 
 
@@ -199,7 +200,9 @@ def merge(layout: PageLayout, page: Tensor, other: Tensor, slot: int) -> Tensor:
     return out
 
 
-@pytest.mark.parametrize("layout", [PageLayout(128, 3, 3), PageLayout(64, 4, 4), PageLayout(64, 2, 1, True), PageLayout(80, 3, 4)])
+@pytest.mark.parametrize(
+    "layout", [PageLayout(128, 3, 3), PageLayout(64, 4, 4), PageLayout(64, 2, 1, True), PageLayout(80, 3, 4)]
+)
 def test_single_tokens_leave_their_neighbours_alone(kernel_device: torch.device, layout: PageLayout) -> None:
     scatter(kernel_device, layout, [(3, 70), (-1, 9999), (0, 0), (4, 191), (3, 69), (1, 20 * 64 + 63)], heads=2)
 
@@ -210,7 +213,13 @@ def test_any_slots(kernel_device: torch.device, data: st.DataObject, heads: int,
     slots = data.draw(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 63)), min_size=1, max_size=70, unique=True))
     where = [(b, 64 * data.draw(st.integers(0, 30)) + s) for b, s in slots]
     skipped = data.draw(st.sets(st.integers(0, len(where) - 1)))
-    scatter(kernel_device, PageLayout(64, 3, 3), [(-1, i) if n in skipped else (b, i) for n, (b, i) in enumerate(where)], heads, kind)
+    scatter(
+        kernel_device,
+        PageLayout(64, 3, 3),
+        [(-1, i) if n in skipped else (b, i) for n, (b, i) in enumerate(where)],
+        heads,
+        kind,
+    )
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=max(5, settings().max_examples // 10))
@@ -226,23 +235,20 @@ def test_any_shape(kernel_device: torch.device, rows: int, heads: int, pages: in
 
 
 def test_first_index_and_part_of_a_page(kernel_device: torch.device) -> None:
-    # The tail of a page without a slot mapping: 20 tokens of the second page of a sequence.
+    # A page that is filled in two steps, the second page of its sequence.
     layout = PageLayout(64, 3, 3)
     codec, transform = PageCodec(layout), transform_of("half", 2, 64, True)
     key, value = tokens(2, 2, PAGE_TOKENS, 64, torch.float16)
     expected = reference(codec, transform, key, value, first=64).transpose(1, 2)[:, 0]
     pool = torch.zeros(1, 2, 2, layout.page_bytes, dtype=torch.uint8, device=kernel_device)
+    slots = torch.arange(PAGE_TOKENS, device=kernel_device)
     for part in (slice(0, 20), slice(20, 64)):
-        k, v = (x.to(kernel_device)[:, :, part] for x in (key, value))
-        slots = torch.arange(64)[part].repeat(2).to(kernel_device)
-        if part.start:
-            slots[:44] += 0
-        for row in range(2):
+        for row in (slice(0, 1), slice(1, 2)):
             encode_pages(
-                k[row : row + 1],
-                v[row : row + 1],
-                pool[:, row],
-                slots[: part.stop - part.start],
+                key.to(kernel_device)[row, :, part],
+                value.to(kernel_device)[row, :, part],
+                pool[:, row.start],
+                slots[part],
                 codec=codec,
                 transform=transform,
                 first_index=64 + part.start,
@@ -298,9 +304,23 @@ def test_refusals(kernel_device: torch.device) -> None:
         ("slot_mapping is torch.int64", x, x, pool[0], {"slot_mapping": slots[:5]}),
         ("needs angles", x, x, pool[0], {"slot_mapping": slots, "token_index": slots.int()}),
         ("angles are", x, x, pool, {"angles": torch.zeros(3, 1, 32, 2, device=kernel_device)}),
+        ("angles are", x, x, pool, {"angles": torch.zeros(1, 1, 31, 2, device=kernel_device)}),
+        ("do not reach token 127", x, x, pool, {"angles": torch.zeros(1, 1, 32, 2, device=kernel_device), "first_index": 64}),
     ]:
         with pytest.raises(ShapeError, match=match):
             encode_pages(key, value, where, codec=codec, transform=transform_of("half", 2, 64, False), **how)
+
+
+def test_plans_do_not_keep_transforms_alive(kernel_device: torch.device) -> None:
+    layout = PageLayout(64, 3, 3)
+    transform = transform_of("half", 1, 64, True)
+    x = torch.zeros(1, 1, 64, 64, device=kernel_device)
+    pool = torch.zeros(1, 1, 1, layout.page_bytes, dtype=torch.uint8, device=kernel_device)
+    encode_pages(x, x, pool, codec=PageCodec(layout), transform=transform)
+    gone = weakref.ref(transform)
+    del transform
+    gc.collect()
+    assert gone() is None
 
 
 def test_params_are_copied_between_calls(kernel_device: torch.device) -> None:

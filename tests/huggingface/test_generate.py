@@ -166,7 +166,7 @@ def test_bytes_shrink(model: PreTrainedModel) -> None:
     exact_tokens = 3000 - 64 * (packed - 0)
     assert cache.exact_nbytes == 4 * 2 * 2 * 3000 * 32 * 2
     room = -(-exact_tokens // 64) * 64
-    statistics = 4 * 2 * 2 * 32 * 4
+    statistics = 4 * 2 * (2 + 64) * 32 * 4  # mean, balance, and the table of R_j mu
     assert cache.nbytes == 4 * 2 * (packed * 1792 + (room + 4) * 2 * 32 * 2) + statistics  # page: 2*64*32*3/8 + 256 bytes
     assert cache.effective_bits == pytest.approx(cache.nbytes * 8 / (cache.exact_nbytes / 2))
 

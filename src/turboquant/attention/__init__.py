@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..cache.layer import PackedLayer
 from ..errors import ShapeError
+from .base import Backend, Call
+from .compiled import attend_compiled
 from .mask import CausalMask, Mask, TensorMask
-from .reference import attend_exact, attend_packed
+from .reference import attend_exact
+from .select import backend_for, use_backend
 
-__all__ = ["CausalMask", "Mask", "TensorMask", "attend", "attend_exact"]
+__all__ = ["Backend", "CausalMask", "Mask", "TensorMask", "attend", "attend_exact", "backend_for", "use_backend"]
 
 
 def attend(
@@ -21,6 +25,9 @@ def attend(
     sink_logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of new queries over everything a layer holds: packed pages, exact sinks, exact tail and pending tokens.
+
+    The fastest back-end that supports the call does it (see :func:`~turboquant.attention.select.backend_for`). Inside
+    ``torch.compile`` a call without ``mask`` becomes one operator, ``turboquant::attend``.
 
     Args:
         query: (batch, query heads, tokens, head_dim); the last query belongs to the layer's last token. The number of query
@@ -46,6 +53,10 @@ def attend(
             f"query of shape {tuple(query.shape)} does not fit a layer with batch {layer.batch_size}, {layer.num_kv_heads} KV "
             f"heads, head_dim {layer.head_dim} and {layer.length} tokens"
         )
+    scaling = d**-0.5 if scaling is None else scaling
+    if torch.compiler.is_compiling() and mask is None:
+        return attend_compiled(query, layer, scaling, softcap, sink_logits)
     if mask is None:
         mask = CausalMask(layer.length - t, layer.sliding_window, layer.starts)
-    return attend_packed(query, layer, mask, d**-0.5 if scaling is None else scaling, softcap, sink_logits)
+    call = Call(query, layer, mask, scaling, softcap, sink_logits)
+    return backend_for(call).attend(call)

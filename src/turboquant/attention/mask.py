@@ -15,6 +15,10 @@ class Mask(ABC):
     that everything is visible.
     """
 
+    def plain(self) -> CausalMask | None:
+        """The same visibility as a :class:`CausalMask`, which kernels know, or None."""
+        return None
+
     @abstractmethod
     def at(self, q0: int, q1: int, index: Tensor) -> Tensor | None:
         """Visibility for queries q0 to q1 of the call of the keys with the given ``index`` (rows, keys)."""
@@ -35,6 +39,10 @@ class CausalMask(Mask):
 
     def __init__(self, first_query: int, sliding_window: int | None = None, starts: Tensor | None = None) -> None:
         self.first_query, self.sliding_window, self.starts = first_query, sliding_window, starts
+
+    def plain(self) -> CausalMask:
+        """See :meth:`Mask.plain`."""
+        return self
 
     def at(self, q0: int, q1: int, index: Tensor) -> Tensor | None:
         """See :meth:`Mask.at`."""

@@ -216,6 +216,20 @@ def attend_packed(
     return out.reshape(b, hq, t, d).to(query.dtype), lse.reshape(b, hq, t)
 
 
+def attend_window(
+    query: Tensor, layer: PackedLayer, mask: Mask, scaling: float, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention over the exact tokens of a layer alone (sinks, tail, pending), float32."""
+    b, hq, t, d = query.shape
+    state = _Softmax(b, layer.num_kv_heads, hq // layer.num_kv_heads, t, d, query.device)
+    if layer.packed_pages > layer.first_page:
+        _sinks(state, query, layer, mask, scaling, softcap)
+    key, value = layer.exact(layer.packed_tokens, layer.length)
+    _exact(state, query, key, value, layer.packed_tokens, mask, scaling, softcap)
+    out, lse = state.finish(None)
+    return out.reshape(b, hq, t, d), lse.reshape(b, hq, t)
+
+
 def attend_exact(
     query: Tensor,
     key: Tensor,

@@ -11,22 +11,32 @@ a long prefill never copies its keys and values at full precision.
 
 from __future__ import annotations
 
+import itertools
+import weakref
+
 import torch
 from torch import Tensor
 
 from ..codec.center import KeyStatistics, KeyTransform, QuerySquares, measure
 from ..codec.layout import PAGE_TOKENS, PageLayout
 from ..codec.page import PageCodec
-from ..codec.rotary import Rotary
+from ..codec.rotary import PageAngles, Rotary
 from ..config import MAX_STATISTICS_TOKENS, TurboQuantConfig
+from ..cuda.encode import encode_pages
 from ..errors import ShapeError, TurboQuantError
 from .checks import check_tokens
+from .kernels import kernels_run_on
 from .slab import PageSlabs
 
 #: Pages coded or decoded at once; bounds the float32 copies (1,024 tokens).
 BLOCK_PAGES = 16
 #: Sliding layers keep this many tokens beyond their window, so that speculative tokens can be taken back.
 _SLIDING_SLACK = PAGE_TOKENS
+
+
+_handles = itertools.count()
+#: Layers by their handle: operators inside compiled graphs are given numbers.
+LAYERS: weakref.WeakValueDictionary[int, PackedLayer] = weakref.WeakValueDictionary()
 
 
 class PackedLayer:
@@ -39,6 +49,9 @@ class PackedLayer:
         rotary: the layer's rotary embedding, or None.
         sliding_window: the layer attends to at most this many last tokens; older pages are dropped.
         statistics: frozen statistics to use instead of measuring.
+
+    Attributes:
+        handle: a number of this layer alone in the process.
     """
 
     def __init__(
@@ -60,6 +73,8 @@ class PackedLayer:
         # Sinks of a sliding layer leave its window like any other token.
         self.sink_tokens = config.sink_tokens if sliding_window is None else 0
         self.retain_multiple = 0
+        self.handle = next(_handles)
+        LAYERS[self.handle] = self
         self._preset_statistics = statistics
         self.reset()
 
@@ -73,9 +88,11 @@ class PackedLayer:
         self.transform: KeyTransform | None = None
         self.queries = QuerySquares()
         self._pending: tuple[Tensor, Tensor] | None = None
+        self._open = False  # between append and commit
         self._tail: Tensor | None = None  # (2, batch, heads, capacity, head_dim)
         self._tail_start = 0
         self._sinks: Tensor | None = None  # (2, batch, heads, sinks, head_dim)
+        self._angles: tuple[Tensor | None, PageAngles] | None = None
         if self.config.key_center == "none":
             self.transform = KeyTransform(None, None)
         elif self._preset_statistics is not None:
@@ -151,8 +168,13 @@ class PackedLayer:
         check_tokens(key, value, *want, None if self._tail is None else self._tail[0])
         if self._tail is None:
             self._tail = key.new_empty(2, key.shape[0], want[0], 0, want[1])
-        self._pending = (key, value)
-        self.length += key.shape[2]
+        held, new = self.length - self._tail_start, key.shape[2]
+        if held + new <= self._tail.shape[3]:
+            self._tail[0, :, :, held : held + new], self._tail[1, :, :, held : held + new] = key, value
+        else:
+            self._pending = (key, value)
+        self._open = True
+        self.length += new
 
     def observe_queries(self, query: Tensor) -> None:
         """Count the queries (batch, query heads, tokens, head_dim) of the pending tokens for the balance, until frozen."""
@@ -162,8 +184,9 @@ class PackedLayer:
 
     def commit(self) -> None:
         """Take in the pending tokens and pack every page that has left the exact window."""
-        if self._pending is None:
+        if not self._open:
             return
+        self._open = False
         pages = max(0, (self.length - self.config.recent_tokens) // PAGE_TOKENS)
         if pages > self.packed_pages and self._ready():
             if (first := min(self._first_needed(), pages)) > self.packed_pages:
@@ -193,17 +216,32 @@ class PackedLayer:
 
     def _pack(self, pages: int) -> None:
         assert self._tail is not None and self.transform is not None
+        count = pages - self.packed_pages
         new = self._tail.new_empty(
-            (self.batch_size, self.num_kv_heads, pages - self.packed_pages, self.layout.page_bytes), dtype=torch.uint8
+            (count, self.batch_size, self.num_kv_heads, self.layout.page_bytes), dtype=torch.uint8
         )
-        self._save_sinks(self.packed_tokens, pages * PAGE_TOKENS)
-        for p in range(self.packed_pages, pages, BLOCK_PAGES):
-            stop = min(p + BLOCK_PAGES, pages)
-            key, value = self.exact(p * PAGE_TOKENS, stop * PAGE_TOKENS)
-            coded = self.transform.forward(key, self.positions(p * PAGE_TOKENS, stop * PAGE_TOKENS, key.device))
-            new[:, :, p - self.packed_pages : stop - self.packed_pages] = self.codec.encode(coded, value)
-        self.slabs.append(new)
+        first = self.packed_tokens
+        self._save_sinks(first, pages * PAGE_TOKENS)
+        if kernels_run_on(new.device):
+            key, value = self.exact(first, pages * PAGE_TOKENS)
+            angles = self.page_angles(pages)
+            encode_pages(key, value, new, codec=self.codec, transform=self.transform, first_index=first, angles=angles)
+        else:
+            for p in range(0, count, BLOCK_PAGES):
+                start, stop = first + p * PAGE_TOKENS, first + min(p + BLOCK_PAGES, count) * PAGE_TOKENS
+                key, value = self.exact(start, stop)
+                coded = self.transform.forward(key, self.positions(start, stop, key.device))
+                new[p : p + BLOCK_PAGES] = self.codec.encode(coded, value).permute(2, 0, 1, 3)
+        self.slabs.append(new.permute(1, 2, 0, 3))
         self.packed_pages = pages
+
+    def page_angles(self, pages: int) -> Tensor | None:
+        """cos and sin of the first ``pages`` page starts, float32 (rows or 1, >= pages, pairs, 2); None without rotary."""
+        if self.rotary is None or self._tail is None:
+            return None
+        if self._angles is None or self._angles[0] is not self.starts:
+            self._angles = self.starts, self.rotary.page_angles(self._tail.device, self.starts)
+        return self._angles[1].get(pages)
 
     def _save_sinks(self, start: int, stop: int) -> None:
         """Copy the sink tokens with index in [start, stop) before they are packed."""
@@ -223,10 +261,7 @@ class PackedLayer:
         """Make the tail hold tokens [keep, length): move what stays, add the pending ones."""
         assert self._tail is not None
         count = self.length - keep
-        if keep == self._tail_start and count <= self._tail.shape[3] and self._pending is not None:
-            old = count - self._pending[0].shape[2]
-            self._tail[0, :, :, old:count], self._tail[1, :, :, old:count] = self._pending
-        else:
+        if keep != self._tail_start or self._pending is not None:
             exact = self.exact(keep, self.length)
             # Whole pages of room: the tail of a decoding sequence is then reallocated once in 64 tokens.
             room = -(-count // PAGE_TOKENS) * PAGE_TOKENS
@@ -248,6 +283,13 @@ class PackedLayer:
             self.first_page = first
 
     # -- read -----------------------------------------------------------------------------------------------------
+
+    def tail(self) -> tuple[Tensor, int]:
+        """(2, batch, heads, slots, head_dim) with all exact tokens, pending ones too, and the index of the first slot's token."""
+        if self._pending is not None:
+            self._absorb(self._tail_start)
+        assert self._tail is not None
+        return self._tail, self._tail_start
 
     def exact(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """(key, value) views or copies of the exact tokens [start, stop), (batch, heads, tokens, head_dim)."""
@@ -373,7 +415,7 @@ class PackedLayer:
         self.slabs = PageSlabs()
         if pages is not None:
             self.slabs.append(pages)
-        self._pending, self._tail, self._tail_start = None, tail, packed_pages * PAGE_TOKENS
+        self._pending, self._open, self._tail, self._tail_start = None, False, tail, packed_pages * PAGE_TOKENS
         self._sinks, self.starts = sinks, starts
 
     def select_rows(self, index: Tensor) -> None:

@@ -126,7 +126,9 @@ class _Plan:
         self.supported = codec.per_head_scale and d % 32 == 0 and (self.rotate or not layout.qjl)
         #: Angles of page starts are needed.
         self.turned = turned
-        self.codec, self.transform, self.device = codec, transform, device
+        # Not the transform: plans live as long as it does.
+        self.codec, self.device, self.head_dim, self.page_bytes = codec, device, d, layout.page_bytes
+        self.pairs = pairs
         self._kernels: dict[tuple[Callable[..., Any], int], Any] = {}
         self.struct = EncodeStruct()
         balance = transform.balance(device) if self.rotate else None
@@ -145,8 +147,11 @@ class _Plan:
             names = ("centers", "balance", "key_signs", "value_signs", "qjl_signs")
             for name, t in zip(names, self._tables, strict=True):
                 setattr(self.struct, name, None if t is None else t.data_ptr())
-        self.wide = 2 if d % 64 == 0 else 1
+        self.wide = _most_units(layout)
         self.blocks = 2 * jit.multiprocessors(device) if self.supported else 0
+        #: By units: vectors of a warp, and bytes of shared memory of a warp for the rows of the centring table.
+        self.vectors = {units: _vectors(d, units) for units in (1, self.wide)} if d % 32 == 0 else {}
+        self.shared = {units: 4 * d * n if centers is not None else 0 for units, n in self.vectors.items()}
 
     def kernel(self, units: int) -> Any:
         """The kernel whose lanes have ``units`` of 32 dims."""
@@ -171,28 +176,41 @@ def _plan(codec: PageCodec, transform: KeyTransform, dtype: torch.dtype, device:
     return found
 
 
-def _check(key: Tensor, value: Tensor, pool: Tensor, slots: Tensor | None, codec: PageCodec, index: Tensor | None) -> None:
-    b, h, t, d = key.shape
-    if value.shape != key.shape or value.dtype != key.dtype or d != codec.layout.head_dim:
+def _check(key: Tensor, value: Tensor, pool: Tensor, slots: Tensor | None, plan: _Plan, index: Tensor | None) -> None:
+    b, h, t, d = shape = key.shape
+    if value.shape != shape or value.dtype != key.dtype or d != plan.head_dim:
         raise ShapeError(
-            f"keys {tuple(key.shape)} {key.dtype} and values {tuple(value.shape)} {value.dtype} must be alike, with "
-            f"head_dim {codec.layout.head_dim}"
+            f"keys {tuple(shape)} {key.dtype} and values {tuple(value.shape)} {value.dtype} must be alike, with "
+            f"head_dim {plan.head_dim}"
         )
-    tail = (h, codec.layout.page_bytes)
-    if pool.dtype != torch.uint8 or pool.stride(-1) != 1 or tuple(pool.shape[-2:]) != tail:
-        raise ShapeError(
-            f"a pool is uint8 (..., {tail[0]}, {tail[1]}), contiguous in bytes, not {tuple(pool.shape)} {pool.dtype}"
-        )
+    have = tuple(pool.shape)
+    if pool.dtype != torch.uint8 or pool.stride(-1) != 1 or have[-2:] != (h, plan.page_bytes):
+        raise ShapeError(f"a pool is uint8 (..., {h}, {plan.page_bytes}), contiguous in bytes, not {have} {pool.dtype}")
     if slots is None:
-        if pool.ndim != 4 or pool.shape[1] != b or pool.shape[0] * PAGE_TOKENS < t:
-            raise ShapeError(
-                f"without slot_mapping the pool is (pages for {t} tokens, {b}, {h}, bytes), not {tuple(pool.shape)}"
-            )
-    elif pool.ndim != 3:
-        raise ShapeError(f"with slot_mapping the pool is (blocks, {h}, bytes), not {tuple(pool.shape)}")
+        if len(have) != 4 or have[1] != b or have[0] * PAGE_TOKENS < t:
+            raise ShapeError(f"without slot_mapping the pool is (pages for {t} tokens, {b}, {h}, bytes), not {have}")
+    elif len(have) != 3:
+        raise ShapeError(f"with slot_mapping the pool is (blocks, {h}, bytes), not {have}")
     for name, x, dtype in (("slot_mapping", slots, torch.int64), ("token_index", index, torch.int32)):
         if x is not None and (x.dtype != dtype or x.numel() != b * t or not x.is_contiguous()):
             raise ShapeError(f"{name} is {dtype} with {b * t} numbers, contiguous, not {x.dtype} {tuple(x.shape)}")
+
+
+def _angles(given: Tensor | None, transform: KeyTransform, plan: _Plan, rows: int, tokens: int | None) -> Tensor:
+    """The angles to use, checked; ``tokens``: the length of the sequences, or None if unknown."""
+    if given is None:
+        if tokens is None:
+            raise ShapeError("token_index needs angles: PageAngles.get(pages) of as many pages as the longest sequence has")
+        assert transform.rotary is not None
+        return transform.rotary.page_angles(plan.device).get(-(-tokens // PAGE_TOKENS))
+    n, pages, *pair = given.shape
+    if n not in (1, rows) or pair != [plan.pairs, 2] or given.dtype != torch.float32 or not given.is_contiguous():
+        raise ShapeError(
+            f"angles are float32 (1 or {rows}, pages, {plan.pairs}, 2), contiguous, not {given.dtype} {tuple(given.shape)}"
+        )
+    if tokens is not None and pages * PAGE_TOKENS < tokens:
+        raise ShapeError(f"angles of {pages} pages do not reach token {tokens - 1}")
+    return given
 
 
 def _readable(x: Tensor) -> Tensor:
@@ -224,8 +242,8 @@ def encode_pages(
     written by torch alone: correct, much slower, and it waits for the GPU.
 
     Args:
-        key, value: (rows, heads, tokens, head_dim) float16, bfloat16 or float32, any strides (copied if the last is not 1 or rows
-            are not aligned to 16 bytes). A serving engine passes views (1, heads, tokens, head_dim).
+        key, value: (rows, heads, tokens, head_dim) float16, bfloat16 or float32, any strides (copied if the last is not 1 or
+            the others are not multiples of 16 bytes). A serving engine passes views (1, heads, tokens, head_dim).
         pool: uint8. With ``slot_mapping``: (blocks, heads, page_bytes). Without: (pages, rows, heads, page_bytes), token t of a
             row goes to page t / 64.
         slot_mapping: int64, rows * tokens: block * 64 + slot of each token; negative tokens are skipped. Slots must differ, and
@@ -243,55 +261,48 @@ def encode_pages(
         KernelError: the kernel does not compile or run here.
     """
     transform = _IDENTITY if transform is None else transform
-    _check(key, value, pool, slot_mapping, codec, token_index)
+    plan = _plan(codec, transform, key.dtype, key.device)
+    _check(key, value, pool, slot_mapping, plan, token_index)
     rows, heads, tokens, _ = key.shape
     total = rows * tokens
     if not total:
         return
-    plan = _plan(codec, transform, key.dtype, key.device)
     if plan.turned:
-        if angles is None:
-            if token_index is not None:
-                raise ShapeError("token_index needs angles: PageAngles.get(pages) of as many pages as the longest sequence has")
-            assert transform.rotary is not None
-            angles = transform.rotary.page_angles(key.device).get((first_index + tokens - 1) // PAGE_TOKENS + 1)
-        elif angles.shape[0] not in (1, rows) or angles.dtype != torch.float32 or not angles.is_contiguous():
-            raise ShapeError(f"angles are float32 (1 or {rows}, pages, pairs, 2), contiguous, not {tuple(angles.shape)}")
-    unaligned = (pool.data_ptr() | pool.stride(-2) | pool.stride(0) | pool.stride(-3)) % _ALIGNMENT
-    if not plan.supported or unaligned or not plan.rotate:
+        angles = _angles(angles, transform, plan, rows, first_index + tokens if token_index is None else None)
+    strides, address = pool.stride(), pool.data_ptr()
+    unaligned = (address | strides[0] | strides[-2] | strides[-3]) % _ALIGNMENT
+    if unaligned or not plan.supported or not plan.rotate:
         if token_index is None:
             index = torch.arange(tokens, device=key.device).expand(rows, -1) + first_index
         else:
             index = token_index.view(rows, tokens).long()
         coded = encode_torch.coded_keys(key, transform, index, slot_mapping, angles)
-        if not plan.supported or unaligned:
+        if unaligned or not plan.supported:
             encode_torch.write_tokens(coded, value, pool, slot_mapping, codec)
             return
         key, value = codec.key_rotation.forward(coded), codec.value_rotation.forward(value)
     key, value = _readable(key), _readable(value)
     s = EncodeStruct.from_buffer_copy(plan.struct)
-    s.key, s.value, s.pool = key.data_ptr(), value.data_ptr(), pool.data_ptr()
+    s.key, s.value, s.pool = key.data_ptr(), value.data_ptr(), address
     s.key_row, s.key_head, s.key_token, _ = key.stride()
     s.value_row, s.value_head, s.value_token, _ = value.stride()
-    s.block_stride, s.head_stride = pool.stride(0), pool.stride(-2)
+    s.block_stride, s.head_stride = strides[0], strides[-2]
     s.tokens, s.total, s.first_index = tokens, total, first_index
     if slot_mapping is not None:
         s.slots = slot_mapping.data_ptr()
     else:
-        s.row_stride = pool.stride(1)
+        s.row_stride = strides[1]
     if token_index is not None:
         s.token_index = token_index.data_ptr()
-    if angles is not None and plan.turned:
+    if plan.turned and angles is not None:
         s.angles, s.angles_row = angles.data_ptr(), angles.stride(0) if angles.shape[0] > 1 else 0
     # Lanes with more dims do less work in all; small calls need many warps instead.
     units, warps = plan.wide, _WARPS
-    groups = -(-total // (_vectors(codec.layout.head_dim, units) * warps))
-    s.split = int(groups * heads < plan.blocks)
-    if s.split:
-        units, warps = 1, 1
-        groups = 2 * -(-total // _vectors(codec.layout.head_dim, units))
-    shared = warps * _table_bytes(codec.layout.head_dim, units) if s.centers else 0
-    plan.kernel(units).launch((groups, heads, 1), 32 * warps, shared, s)
+    groups = -(-total // (plan.vectors[units] * warps))
+    if groups * heads < plan.blocks:
+        s.split, units, warps = 1, 1, 1
+        groups = 2 * -(-total // plan.vectors[1])
+    plan.kernel(units).launch((groups, heads, 1), 32 * warps, warps * plan.shared[units], s)
 
 
 def _vectors(head_dim: int, units: int) -> int:
@@ -300,19 +311,19 @@ def _vectors(head_dim: int, units: int) -> int:
     return 32 >> (lanes - 1).bit_length()
 
 
-def _table_bytes(head_dim: int, units: int) -> int:
-    """Shared memory of a warp: a row of the centring table for each of its vectors."""
-    return _vectors(head_dim, units) * head_dim * 4
+def _most_units(layout: PageLayout) -> int:
+    """Units of 32 dims that a lane can hold; with QJL two would not fit the registers."""
+    return 2 if layout.head_dim % 64 == 0 and not layout.qjl else 1
 
 
 def _instances() -> Iterator[dict[str, int | str]]:
-    """Every pair of bits at every head_dim, and every kind of input at one: what real models ask for, and all macros' values."""
+    """All bits at every head_dim, and every kind of input at one of them: what real models ask for, and all macros' values."""
     plain = [(k, v, False) for k in (1, 2, 3, 4) for v in (1, 2, 3, 4)]
     bits = plain + [(k, v, True) for k in (1, 2, 3) for v in (1, 2, 3, 4)]
     for d in (32, 64, 128, 256, 512):
-        for units in (1, 2) if d > 32 else (1,):
-            for k, v, qjl in bits:
-                yield kernel_defines(PageLayout(d, k, v, qjl), 1, units, True, 1, d // 2, False, True)
+        for layout in (PageLayout(d, k, v, qjl) for k, v, qjl in bits):
+            for units in range(1, _most_units(layout) + 1):
+                yield kernel_defines(layout, 1, units, True, 1, d // 2, False, True)
     centers = [(1, 64, False), (1, 64, True), (1, 32, False), (1, 32, True), (1, 16, False), (2, 0, False), (0, 0, False)]
     for dtype in (0, 1, 2):
         for units in (1, 2):
@@ -320,7 +331,7 @@ def _instances() -> Iterator[dict[str, int | str]]:
                 for balance in (True, False) if center else (False,):
                     yield kernel_defines(PageLayout(128, 3, 3), dtype, units, True, center, pairs, interleaved, balance)
     for d in range(32, 513, 32):
-        for units in (1, 2) if d % 64 == 0 else (1,):
+        for units in range(1, _most_units(PageLayout(d, 3, 3)) + 1):
             yield kernel_defines(PageLayout(d, 3, 3), 2, units, rotate=False)
     for k, v, _ in plain:
         yield kernel_defines(PageLayout(96, k, v), 2, 1, rotate=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Sequence
@@ -130,9 +129,7 @@ def arrange_like_fed(store: Any, border: int) -> None:
             model.append(torch.empty(1, 1, pages - fed, 0))
             fed = pages
     if fed == store.packed_pages and len(model.slabs) > 1:
-        sizes = [slab.shape[2] for slab in model.slabs]
-        ends = list(itertools.accumulate(sizes))
-        store.slabs.slabs = [store.slabs.read(end - n, end) for n, end in zip(sizes, ends, strict=True)]
+        store.slabs.split([slab.shape[2] for slab in model.slabs])
 
 
 def token_list(tokens: Sequence[int] | Tensor) -> list[int]:

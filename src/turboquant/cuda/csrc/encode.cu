@@ -60,8 +60,9 @@ static_assert(TQ_ROTATE && SPAN == LANES && TQ_PAIRS % 4 == 0, "centring in the 
 // that read their k-th chunks at the same time meet eight different groups of banks.
 TQ_DEVICE uint32_t center_chunks(int v, int part) { return v * D * 4 + part * DIMS * 4 + (v * SPAN + part) % 8 * 16; }
 
-// False. A branch keeps the compiler from issuing all loads at once, which would spill registers.
-TQ_DEVICE bool hold_loads(const Params& p) { return p.tokens < 0; }
+// False, and not for the same reason at every step. A branch on it keeps the compiler from issuing all loads at once, which
+// would spill registers.
+TQ_DEVICE bool hold_loads(const Params& p, int step) { return p.tokens < step - 100; }
 
 // The warp's rows j of the table, to shared memory.
 TQ_DEVICE void stage_centers(const Params& p, const Vector& v, int head, uint8_t* rows) {
@@ -94,7 +95,7 @@ TQ_DEVICE void center(Part& x, const Params& p, const Vector& v, int head, const
 #endif
 #pragma unroll
   for (int k = 0; k < DIMS / 4; k++) {
-    if (k && k % 2 == 0 && hold_loads(p)) return;
+    if (k && k % 2 == 0 && hold_loads(p, k)) return;
     const float4 c = *(const float4*)(rows + (mine ^ 16 * k));
     float o[4] = {c.x, c.y, c.z, c.w};
 #if TQ_CENTER == 1
@@ -150,7 +151,7 @@ TQ_DEVICE void code_key(const Params& p, const Vector& v, int head, int part, bo
 #if TQ_CENTER
   uint8_t* rows = shared + (threadIdx.x >> 5) * (VECTORS * D * 4);
   stage_centers(p, v, head, rows);
-  if (hold_loads(p)) return;
+  if (hold_loads(p, 0)) return;
 #endif
   Part x;
   load_numbers(x, (const uint8_t*)p.key + (v.row * p.key_row + head * p.key_head + v.token * p.key_token + dim) * SIZE);

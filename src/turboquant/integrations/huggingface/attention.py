@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -66,11 +67,23 @@ class RuleMask(Mask):
         self.rule, self.first_query, self.first_key = rule, first_query, first_key
         self.queries, self.keys, self.padding = queries, keys, padding
         self.causal = causal and padding is None
+        self._plain: CausalMask | None = None
+        self._looked = False
 
     @property
     def square(self) -> bool:
         """Plain causal attention of the first tokens among themselves."""
         return self.causal and self.first_query == self.first_key == 0 and self.queries == self.keys
+
+    def plain(self) -> CausalMask | None:
+        """See :meth:`Mask.plain`. Looked at once per call of the model; padding costs one wait for the GPU."""
+        if not self._looked:
+            self._looked = True
+            window = window_of(self.rule)
+            starts = None if self.padding is None else _left_padding(self.padding)
+            if window is not None and (self.padding is None or starts is not None):
+                self._plain = CausalMask(self.first_query, window or None, starts)
+        return self._plain
 
     def at(self, q0: int, q1: int, index: Tensor) -> Tensor | None:
         """See :meth:`Mask.at`."""
@@ -89,6 +102,33 @@ class RuleMask(Mask):
         if self.causal and stop <= self.first_query + q0 + 1:
             return None
         return super().block(q0, q1, start, stop, device)
+
+
+def window_of(rule: Callable[..., Any]) -> int | None:
+    """0 for plain causal attention, the width of a causal sliding window, or None for any other rule of transformers.
+
+    A sliding rule is a closure over its parts; only what is exactly built like transformers builds it is taken for one.
+    """
+    from transformers import masking_utils
+
+    if rule is masking_utils.causal_mask_function:
+        return 0
+    parts = inspect.getclosurevars(rule).nonlocals.get("mask_functions") if inspect.isfunction(rule) else None
+    like = masking_utils.sliding_window_causal_mask_function(1)
+    if not parts or rule.__code__ is not like.__code__ or len(parts) != 2 or parts[1] is not masking_utils.causal_mask_function:
+        return None
+    overlay = masking_utils.sliding_window_overlay(1)
+    if getattr(parts[0], "__code__", None) is not overlay.__code__:
+        return None
+    window = inspect.getclosurevars(parts[0]).nonlocals.get("sliding_window")
+    return window if isinstance(window, int) and window > 0 else None
+
+
+def _left_padding(padding: Tensor) -> Tensor | None:
+    """(batch,) index of the first real token of each row, or None if there is padding elsewhere than on the left."""
+    if not bool((padding[:, 1:] >= padding[:, :-1]).all()):
+        return None
+    return padding.shape[1] - padding.sum(-1)
 
 
 def turboquant_mask(
