@@ -50,7 +50,10 @@ def on_kernels(kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> 
     {}, {"sliding_window": 150}, {"sink_tokens": 0}, {"key_center": "mean"}, {"key_center": "none"},
     {"starts": (0, 100), "rows": 2}, {"recent_tokens": 0}, {"quantizer": "lloyd_max_qjl"}, {"rotation_type": "orthogonal"}, {"dim": 80},
 ], ids=str)  # fmt: skip
-def test_kernels_behind_the_cache(on_kernels: torch.device, settings: dict[str, Any], queries: int) -> None:
+def test_kernels_behind_the_cache(
+    on_kernels: torch.device, settings: dict[str, Any], queries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("turboquant.attention.select._warned", set())
     if settings.get("dim") == 80 and queries > 1:
         pytest.skip("one call is enough to see the fall-back")
     layer = filled(on_kernels, 470, **settings)
@@ -96,7 +99,8 @@ def test_decoding_grows_the_tail_in_place(on_kernels: torch.device) -> None:
     assert layer.length == 430
 
 
-def test_a_mask_of_its_own_falls_back_and_says_so(on_kernels: torch.device) -> None:
+def test_a_mask_of_its_own_falls_back_and_says_so(on_kernels: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("turboquant.attention.select._warned", set())  # said once per process
     layer = filled(on_kernels, 470)
     query = torch.randn(1, 6, 2, 64, device=on_kernels)
     allowed = torch.ones(1, 1, 2, 470, dtype=torch.bool, device=on_kernels).tril(468)

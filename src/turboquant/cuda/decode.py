@@ -105,7 +105,7 @@ def shared_bytes(layout: PageLayout, center: int, rotate: int, nb: int, few: int
     words = (4 * (d // 16) * 32 if center == 1 else 0) + nb * (d // 32) * 32 * (2 if layout.qjl else 1)
     words += nb * (d // 16) * 32 if center == 1 else 0
     rows = 4 if few else 8 * nb
-    merge = warps * rows * (d + d // 16 * 4 + 2) + rows * (2 * d + 2)
+    merge = warps * rows * (d + d // 16 * 4 + 2) + rows * (2 * d + 4)
     matrix = 2 * d if rotate else warps * d
     return warps * stages * (stage + 8) + 16 * words + 8 * nb * (d // 16) * 32 + 4 * (merge + matrix + 32 * nb) + 16
 
@@ -255,7 +255,8 @@ def plan(
     sms = jit.multiprocessors(pages.device) if pages.device.type == "cuda" else 4
     # Beginning and ending an entry takes some microseconds of latency; in that time a block's share of the bandwidth is so many pages.
     entry = ENTRY_BYTES / (sms * per_sm * layout.page_bytes)
-    exact = exact_tokens * 4 * layout.head_dim / layout.page_bytes  # in 2 bytes a number, keys and values
+    # Exact tokens are 2 bytes a number, keys and values; waiting for them costs about half an entry.
+    exact = exact_tokens * 4 * layout.head_dim / layout.page_bytes + entry / 2 if exact_tokens else 0.0
     return make_plan(
         packed_lens, rows, pages.num_kv_heads, row_blocks, max(8, at_once), layout.head_dim, sms * per_sm, entry, exact,
         pages.first_page, pages.device,

@@ -21,12 +21,13 @@ class DecodePlan:
     Attributes:
         blocks: thread blocks of the launch.
         slots: partial results.
-        work: int32 (slots + 1, 8): item, first page, end page, slot, first slot of the item, its slots, 0, 0; the first page
-            is -1 for an item's exact tokens. The last entry only keeps kernels that look ahead inside the table.
+        work: int32 (entries + 1, 8): item, first page, end page, slot, whether the item's exact tokens belong to the entry,
+            the item's first slot (that of its exact tokens, if there are any), its entries, 0. The last entry only keeps
+            kernels that look ahead inside the table.
         block_work: int32 (blocks, 12): first entry, end entry, 0, 0, a copy of the first entry.
         part_out, part_ml: float32 scratch, (slots, query rows, head_dim) and (slots, query rows, 2).
         counters: int32 (items), zero between launches.
-        exact: whether there are entries for exact tokens.
+        exact: whether items have exact tokens.
     """
 
     blocks: int
@@ -40,36 +41,33 @@ class DecodePlan:
 
 
 def _cuts(pages: np.ndarray, blocks: int, entry_cost: float, window_cost: float, budget: float) -> list[tuple[int, int]] | None:
-    """Greedy cuts (item, page) so that no block costs more than ``budget``; page -1 is before an item's exact tokens.
+    """Greedy cuts (item, page) so that no block costs more than ``budget``; page 0 is before an item's exact tokens, too.
 
     None if more than ``blocks`` blocks would be needed.
     """
-    head = window_cost + entry_cost if window_cost else 0.0
-    end = np.cumsum(pages + entry_cost * (pages > 0) + head)
+    head = window_cost + entry_cost
+    end = np.cumsum(pages + head)
     least = max(4.0, entry_cost)  # fewer pages are not worth an entry of their own
-    if budget < max(entry_cost + least, head):
+    if budget < head + least:
         return None if len(pages) > 1 or budget < end[-1] else []
     cuts: list[tuple[int, int]] = []
-    item, page, items = 0, -1, len(pages)
+    item, page = 0, 0
     while True:
-        # Budget reaches to this place on the line of all costs; a range that continues an item pays for its entry again.
-        before = end[item] - pages[item] - entry_cost * bool(pages[item] > 0) - head
-        start = before if page < 0 else end[item] - pages[item] + page - entry_cost
-        reach = start + budget
+        # The budget reaches to this place on the line of all costs; a range that continues an item pays for its entry again.
+        first = end[item] - pages[item]
+        reach = (first + page - entry_cost if page else first - head) + budget
         if reach >= end[-1]:
             return cuts
         if len(cuts) == blocks - 1:
             return None
         last = int(np.searchsorted(end, reach, side="right"))
         inside = int(reach - (end[last] - pages[last]))
-        from_page = page if last == item and page >= 0 else 0
-        if inside - from_page >= least:
-            if pages[last] - inside < least and pages[last] - from_page > 2 * least:
+        begun = page if last == item else 0
+        if inside - begun >= least:
+            if pages[last] - inside < least and pages[last] - begun > 2 * least:
                 inside = int(pages[last] - least)
             item, page = last, inside
-        elif last > item:
-            item, page = last, -1
-        else:  # the exact tokens alone fill it
+        else:
             item, page = last, 0
         cuts.append((item, page))
 
@@ -77,21 +75,20 @@ def _cuts(pages: np.ndarray, blocks: int, entry_cost: float, window_cost: float,
 def divide(pages: np.ndarray, blocks: int, entry_cost: float, window_cost: float) -> tuple[np.ndarray, np.ndarray]:
     """Cut items into ranges of pages so that the costliest block costs nearly as little as possible.
 
-    Items stand in a row, each with its exact tokens first and its pages after them, and blocks take consecutive stretches of
-    it; the exact tokens of an item are never cut.
+    Items stand in a row, and blocks take consecutive stretches of it. The exact tokens of an item belong to its first range.
 
     Args:
         pages: (items,) number of pages of each item.
         blocks: parts to cut into; some may stay empty.
-        entry_cost: what beginning and ending a range of pages or exact tokens costs, in pages.
-        window_cost: cost of an item's exact tokens in pages, without ``entry_cost``; 0 if there are none.
+        entry_cost: what beginning and ending a range of pages costs, in pages.
+        window_cost: cost of an item's exact tokens in pages; 0 if there are none.
 
     Returns:
         (work, block_work) as in :class:`DecodePlan`.
     """
     items = len(pages)
-    total = float(pages.sum() + items * (entry_cost + (window_cost + entry_cost if window_cost else 0.0)))
-    low, high = total / blocks, total + blocks * entry_cost + 1.0
+    total = float(pages.sum() + items * (entry_cost + window_cost))
+    low, high = total / blocks, total + blocks * entry_cost + 8.0
     cuts = _cuts(pages, blocks, entry_cost, window_cost, high) or []
     for _ in range(12):
         if high - low < 0.01 * low:
@@ -103,26 +100,22 @@ def divide(pages: np.ndarray, blocks: int, entry_cost: float, window_cost: float
             low = middle
         else:
             high, cuts = middle, found
-    # Entries begin at every item's exact tokens (page -1), at its first page, and at every cut inside it.
-    every = np.arange(items)
-    packed = every[(pages > 0) | (window_cost == 0)]
-    starts = [np.stack([packed, np.zeros_like(packed)], 1)]
-    if window_cost > 0:
-        starts.append(np.stack([every, np.full_like(every, -1)], 1))
     cut = np.array(cuts, np.int64).reshape(-1, 2)
-    starts.append(cut[cut[:, 1] > 0])
-    begin = np.unique(np.concatenate(starts), axis=0)
-    last = np.append(begin[1:, 0] != begin[:-1, 0], True)
-    stop = np.where(last, pages[begin[:, 0]], np.append(begin[1:, 1], 0))
-    count = np.bincount(begin[:, 0], minlength=items)
-    first = np.cumsum(count) - count
+    every = np.stack([np.arange(items), np.zeros(items, np.int64)], 1)
+    begin = np.unique(np.concatenate([every, cut]), axis=0)  # entries begin with items, and at every cut inside one
+    item, page = begin[:, 0], begin[:, 1]
+    number = np.arange(len(begin))
+    last = np.append(item[1:] != item[:-1], True)
+    stop = np.where(last, pages[item], np.append(page[1:], 0))
+    count = np.bincount(item, minlength=items)
+    exact = int(window_cost > 0)
     work = np.zeros((len(begin) + 1, 8), np.int32)
-    work[:-1, :6] = np.stack(
-        [begin[:, 0], begin[:, 1], stop, np.arange(len(begin)), first[begin[:, 0]], count[begin[:, 0]]], 1
-    )
+    first_slot = (np.cumsum(count) - count + exact * np.arange(items))[item]
+    slot = number + exact * (item + 1)
+    work[:-1, :7] = np.stack([item, page, stop, slot, exact * (page == 0), first_slot, count[item]], 1)
     # An entry belongs to the block in whose stretch it begins.
     width = int(pages.max(initial=0)) + 2
-    borders = np.searchsorted(begin[:, 0] * width + begin[:, 1], cut[:, 0] * width + cut[:, 1])
+    borders = np.searchsorted(item * width + page, cut[:, 0] * width + cut[:, 1])
     borders = np.concatenate([[0], borders, np.full(blocks - len(cut), len(begin))])
     block_work = np.zeros((blocks, 12), np.int32)
     block_work[:, 0], block_work[:, 1], block_work[:, 4:] = borders[:-1], borders[1:], work[borders[:-1]]
@@ -164,11 +157,11 @@ def make_plan(
     pages = np.maximum(-(-lens // 64) - first_page, 0)
     work, block_work = divide(np.repeat(pages, heads * row_blocks), blocks, entry_cost, window_cost)
     for entries in (work, block_work[:, 4:]):
-        entries[entries[:, 1] >= 0, 1:3] += first_page
+        entries[:, 1:3] += first_page
     flat = torch.from_numpy(np.concatenate([work.reshape(-1), block_work.reshape(-1)]))
     if device.type == "cuda":
         flat = flat.pin_memory().to(device, non_blocking=True)
-    slots = len(work) - 1
+    slots = int(work[:, 3].max()) + 1
     return DecodePlan(
         blocks,
         slots,

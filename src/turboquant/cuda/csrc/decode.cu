@@ -31,12 +31,12 @@ TQ_KERNEL(tq_decode, Params, THREADS, TQ_BLOCKS) {
     for (int i = threadIdx.x, k = 0; i < 2 * D; i += THREADS, k++) sh.matrix[i] = sign[k];
     sync_block();
   }
-  int number = block.work.item, begin = block.work.begin, end = block.work.end, table_head = -1;
+  int number = block.work.item, begin = block.work.begin, end = block.work.end, exact = block.work.exact, table_head = -1;
   for (int w = block.first; w < block.last; w++) {
     const Item item(p, number);
-    prepare_queries(p, sh, item, begin >= 0, raw, warp, lane);
+    prepare_queries(p, sh, item, exact, raw, warp, lane);
     if (w == block.first) stream.fill();
-    if (TQ_CENTER == 1 && begin >= 0 && table_head != item.head) {
+    if (TQ_CENTER == 1 && table_head != item.head) {
       table_head = item.head;
       const uint4* src = p.center_table + (size_t)item.head * CENTER_WORDS;
       for (int i = threadIdx.x; i < CENTER_WORDS; i += THREADS) sh.center[i] = src[i];
@@ -44,12 +44,18 @@ TQ_KERNEL(tq_decode, Params, THREADS, TQ_BLOCKS) {
     sync_block();
     if (w + 1 < block.last && warp < ROWS) raw.load(p, Item(p, p.work[w + 1].item), warp, lane);
     Accumulator acc;
+    if (exact) {
+      acc.clear();
+      attend_exact(p, sh, item, acc, warp, lane);
+      merge_warps(p, sh, item, p.work[w], acc, true, warp, lane);
+      sync_block();
+    }
     acc.clear();
-    if (begin >= 0) attend_pages(p, sh, item, begin, end, stream, acc, warp, lane);
-    else attend_exact(p, sh, item, acc, warp, lane);
+    attend_pages(p, sh, item, begin, end, stream, acc, warp, lane);
     // Read again: what is not held during the loop over pages leaves registers to it.
     const Work work = p.work[w], next = p.work[w + 1];
-    finish_entry(p, sh, item, work, acc, warp, lane);
-    number = next.item, begin = next.begin, end = next.end;
+    merge_warps(p, sh, item, work, acc, false, warp, lane);
+    finish_item(p, sh, item, work, warp, lane);
+    number = next.item, begin = next.begin, end = next.end, exact = next.exact;
   }
 }

@@ -5,19 +5,21 @@
 struct Half4 {  // four fp16
   uint32_t lo, hi;
 };
-TQ_DEVICE Half4 load_4(const void* base, int64_t i) {
 #if TQ_DTYPE == 2
-  const float4 x = *(const float4*)((const float*)base + i);
-  return {f32_to_f16x2(x.x, x.y), f32_to_f16x2(x.z, x.w)};
-#else
-  const uint2 x = *(const uint2*)((const uint16_t*)base + i);
-#if TQ_DTYPE == 1
+typedef float4 Raw4;
+TQ_DEVICE Half4 halves(const Raw4& x) { return {f32_to_f16x2(x.x, x.y), f32_to_f16x2(x.z, x.w)}; }
+#elif TQ_DTYPE == 1
+typedef uint2 Raw4;
+TQ_DEVICE Half4 halves(const Raw4& x) {
   return {f32_to_f16x2(as_float(x.x << 16), as_float(x.x & 0xFFFF0000u)), f32_to_f16x2(as_float(x.y << 16), as_float(x.y & 0xFFFF0000u))};
-#else
-  return {x.x, x.y};
-#endif
-#endif
 }
+#else
+typedef uint2 Raw4;
+TQ_DEVICE Half4 halves(const Raw4& x) { return {x.x, x.y}; }
+#endif
+TQ_DEVICE Raw4 load_4(const void* base, int64_t i) { return *(const Raw4*)((const Raw*)base + i); }
+// Values are asked for together with keys where registers allow: one wait for memory instead of two.
+constexpr bool VALUES_EARLY = TQ_DTYPE != 2 && D <= 128 && NB == 1;
 
 // Exact tokens of an item, numbered through: its packed sinks first, then the window.
 struct ExactTokens {
@@ -48,8 +50,8 @@ TQ_DEVICE void attend_exact(const Params& p, const Shared& sh, const Item& item,
   const float scale = p.scale * LOG2E;
   for (int tile = warp * 16; tile < tokens.count; tile += WARPS * 16) {
     float s[NB][1][4] = {};
-    int64_t at[2];
-    const void* keys[2];
+    int64_t at[2], from[4];
+    const void *keys[2], *values[4];
 #pragma unroll
     for (int u = 0; u < 2; u++) {
       const int i = min(tile + tile_token(g) + 8 * u, tokens.count - 1);
@@ -57,9 +59,21 @@ TQ_DEVICE void attend_exact(const Params& p, const Shared& sh, const Item& item,
       keys[u] = i < tokens.sinks ? p.sink_k : p.window_k;
     }
 #pragma unroll
+    for (int u = 0; u < 4; u++) {
+      const int i = min(tile + c + 4 * u, tokens.count - 1);  // beyond the last token p is 0
+      from[u] = tokens.at(p, i);
+      values[u] = i < tokens.sinks ? p.sink_v : p.window_v;
+    }
+    Raw4 v[VALUES_EARLY ? D / 32 : 1][4];
+    if constexpr (VALUES_EARLY)
+#pragma unroll
+      for (int quad = 0; quad < D / 32; quad++)
+#pragma unroll
+        for (int u = 0; u < 4; u++) v[quad][u] = load_4(values[u], from[u] + value_dim(quad, g));
+#pragma unroll
     for (int step = 0; step < D / 16; step++) {
       const int dim = key_dim(step >> 1, c) + 4 * (step & 1);
-      const Half4 a = load_4(keys[0], at[0] + dim), b = load_4(keys[1], at[1] + dim);
+      const Half4 a = halves(load_4(keys[0], at[0] + dim)), b = halves(load_4(keys[1], at[1] + dim));
 #pragma unroll
       for (int n = 0; n < NB; n++) {
         const uint2 q = sh.plain[(n * (D / 16) + step) * 32 + lane];
@@ -93,25 +107,17 @@ TQ_DEVICE void attend_exact(const Params& p, const Shared& sh, const Item& item,
       b[n][0] = movmatrix(f32_to_f16x2(p0, p1));
       b[n][1] = movmatrix(f32_to_f16x2(p2, p3));
     }
-    int64_t from[4];
-    const void* values[4];
-#pragma unroll
-    for (int u = 0; u < 4; u++) {
-      const int i = min(tile + c + 4 * u, tokens.count - 1);  // beyond the last token p is 0
-      from[u] = tokens.at(p, i);
-      values[u] = i < tokens.sinks ? p.sink_v : p.window_v;
-    }
 #pragma unroll
     for (int quad = 0; quad < D / 32; quad++) {
-      Half4 v[4];
+      Half4 h[4];
 #pragma unroll
-      for (int u = 0; u < 4; u++) v[u] = load_4(values[u], from[u] + value_dim(quad, g));
+      for (int u = 0; u < 4; u++) h[u] = halves(VALUES_EARLY ? v[VALUES_EARLY ? quad : 0][u] : load_4(values[u], from[u] + value_dim(quad, g)));
 #pragma unroll
       for (int n = 0; n < NB; n++) {
-        mma_f16(acc.o[n][2 * quad], prmt(v[0].lo, v[1].lo, 0x5410), prmt(v[0].lo, v[1].lo, 0x7632), prmt(v[2].lo, v[3].lo, 0x5410),
-                prmt(v[2].lo, v[3].lo, 0x7632), b[n][0], b[n][1]);
-        mma_f16(acc.o[n][2 * quad + 1], prmt(v[0].hi, v[1].hi, 0x5410), prmt(v[0].hi, v[1].hi, 0x7632), prmt(v[2].hi, v[3].hi, 0x5410),
-                prmt(v[2].hi, v[3].hi, 0x7632), b[n][0], b[n][1]);
+        mma_f16(acc.o[n][2 * quad], prmt(h[0].lo, h[1].lo, 0x5410), prmt(h[0].lo, h[1].lo, 0x7632), prmt(h[2].lo, h[3].lo, 0x5410),
+                prmt(h[2].lo, h[3].lo, 0x7632), b[n][0], b[n][1]);
+        mma_f16(acc.o[n][2 * quad + 1], prmt(h[0].hi, h[1].hi, 0x5410), prmt(h[0].hi, h[1].hi, 0x7632), prmt(h[2].hi, h[3].hi, 0x5410),
+                prmt(h[2].hi, h[3].hi, 0x7632), b[n][0], b[n][1]);
       }
     }
   }

@@ -23,9 +23,10 @@ TQ_DEVICE void store_accumulator(Shared& sh, const Accumulator& acc, int warp, i
     }
 }
 
-// The sum over the warps: to memory if other blocks work on the item, else to sh.lines.
-TQ_DEVICE void merge_warps(const Params& p, Shared& sh, const Item& item, const Work& work) {
-  const bool alone = work.slots == 1;
+// The sum over the warps, of pages or of exact tokens: to sh.lines, or to memory if other blocks work on the item, too.
+TQ_DEVICE void merge_warps(const Params& p, Shared& sh, const Item& item, const Work& work, const Accumulator& acc, bool exact, int warp, int lane) {
+  store_accumulator(sh, acc, warp, lane);
+  sync_block();
   for (int i = threadIdx.x; i < item.rows * D; i += THREADS) {
     const int row = i / D, dim = i % D;
     float top = NEVER, l = 0.f, x = 0.f;
@@ -38,13 +39,12 @@ TQ_DEVICE void merge_warps(const Params& p, Shared& sh, const Item& item, const 
       l += f * ml.y;
       x += f * sh.merge[(w * MERGE_ROWS + row) * LINE + line_place(dim)];
     }
-    if (alone) {
-      const bool packed = work.begin >= 0;
-      sh.lines[row * D + dim] = packed ? x : 0.f;
-      sh.lines[(MERGE_ROWS + row) * D + dim] = packed ? 0.f : x;
-      if (dim == 0) sh.line_sums[row] = float2{top, l};
+    if (work.entries == 1) {
+      const int to = exact * MERGE_ROWS + row;
+      sh.lines[to * D + dim] = x;
+      if (dim == 0) sh.line_sums[to] = float2{top, l};
     } else {
-      const size_t to = (size_t)work.slot * ROWS + row;
+      const size_t to = (size_t)(exact ? work.first_slot : work.slot) * ROWS + row;
       p.part_out[to * D + dim] = x;
       if (dim == 0) *(float2*)(p.part_ml + 2 * to) = float2{top, l};
     }
@@ -53,22 +53,23 @@ TQ_DEVICE void merge_warps(const Params& p, Shared& sh, const Item& item, const 
 
 // The sum over an item's partial results: 32 dims of a row per warp. The first slot is that of the exact tokens, if there are any.
 TQ_DEVICE void merge_slots(const Params& p, Shared& sh, const Item& item, const Work& work, int warp, int lane) {
+  const int slots = work.entries + p.has_window;
   for (int task = warp; task < item.rows * PER_LANE; task += WARPS) {
     const int row = task / PER_LANE, dim = task % PER_LANE * 32 + lane;
     const float* from = p.part_out + ((size_t)work.first_slot * ROWS + row) * D + dim;
     const float2* sums = (const float2*)p.part_ml + (size_t)work.first_slot * ROWS + row;
     float top = NEVER, total = 0.f, x = 0.f, exact = 0.f;
-    for (int i = lane; i < work.slots; i += 32) top = fmaxf(top, sums[(size_t)i * ROWS].x);
+    for (int i = lane; i < slots; i += 32) top = fmaxf(top, sums[(size_t)i * ROWS].x);
 #pragma unroll
     for (int m = 16; m; m >>= 1) top = fmaxf(top, shfl_xor(top, m));
-    for (int i0 = 0; i0 < work.slots; i0 += 32) {
+    for (int i0 = 0; i0 < slots; i0 += 32) {
       float weight = 0.f;
-      if (i0 + lane < work.slots) {
+      if (i0 + lane < slots) {
         const float2 ml = sums[(size_t)(i0 + lane) * ROWS];
         weight = ex2(ml.x - top);
         total += weight * ml.y;
       }
-      const int n = min(32, work.slots - i0);
+      const int n = min(32, slots - i0);
 #pragma unroll 8
       for (int i = 0; i < n; i++) {
         const float v = from[(size_t)(i0 + i) * ROWS * D] * shfl(weight, i);
@@ -79,40 +80,40 @@ TQ_DEVICE void merge_slots(const Params& p, Shared& sh, const Item& item, const 
     sh.lines[row * D + dim] = x;
     sh.lines[(MERGE_ROWS + row) * D + dim] = exact;
     total = sum_of_lanes(total);
-    if (dim == 0) sh.line_sums[row] = float2{top, total};
+    if (dim == 0) {
+      sh.line_sums[row] = float2{top, total};
+      sh.line_sums[MERGE_ROWS + row] = float2{top, 0.f};  // counted in total
+    }
   }
 }
 
 // One row of the result: the part of the pages turned back into the model's basis, and the exact part.
 TQ_DEVICE void write_row(const Params& p, const Shared& sh, const Item& item, int row, float* line, int lane) {
   const int r = item.first + row, token = r / p.group, head = item.head * p.group + r - token * p.group;
-  const float2 sums = sh.line_sums[row];
-  float x[PER_LANE], base = sums.x, total = sums.y;
+  const float2 pages = sh.line_sums[row], exact = p.has_window ? sh.line_sums[MERGE_ROWS + row] : float2{NEVER, 0.f};
+  const float sink = p.sink_logits ? p.sink_logits[head] * LOG2E : NEVER;
+  const float base = fmaxf(fmaxf(pages.x, exact.x), sink), f = ex2(pages.x - base), e = ex2(exact.x - base);
+  const float total = f * pages.y + e * exact.y + (p.sink_logits ? ex2(sink - base) : 0.f), inverse = total > 0.f ? 1.f / total : 0.f;
+  float x[PER_LANE];
 #pragma unroll
   for (int k = 0; k < PER_LANE; k++) x[k] = sh.lines[row * D + k * 32 + lane];
-  if (p.sink_logits) {
-    const float sink = p.sink_logits[head] * LOG2E;
-    base = fmaxf(base, sink);
-    total = total * ex2(sums.x - base) + ex2(sink - base);
-  }
-  const float inverse = total > 0.f ? ex2(sums.x - base) / total : 0.f;
   rotate_back(x, TQ_ROTATE ? sh.matrix + D : p.value_rotation, line, lane);
   const int64_t to = (int64_t)item.row * p.out_row + (int64_t)head * p.out_head + (int64_t)token * p.out_token;
 #pragma unroll
-  for (int k = 0; k < PER_LANE; k++) store_number(p.out, to + k * 32 + lane, (x[k] + sh.lines[(MERGE_ROWS + row) * D + k * 32 + lane]) * inverse);
+  for (int k = 0; k < PER_LANE; k++) {
+    const float more = p.has_window ? e * sh.lines[(MERGE_ROWS + row) * D + k * 32 + lane] : 0.f;
+    store_number(p.out, to + k * 32 + lane, (f * x[k] + more) * inverse);
+  }
   if (lane == 0)
     p.lse[((int64_t)item.row * p.heads * p.group + head) * p.tokens + token] = total > 0.f ? (base + lg2(total)) * LN2 : as_float(0xFF800000u);
 }
 
-// After an entry: its partial result, and the item's result if this was the last entry to come in.
-TQ_DEVICE void finish_entry(const Params& p, Shared& sh, const Item& item, const Work& work, const Accumulator& acc, int warp, int lane) {
-  store_accumulator(sh, acc, warp, lane);
-  sync_block();
-  merge_warps(p, sh, item, work);
-  if (work.slots > 1) {
+// The item's result, if this was its last entry to come in.
+TQ_DEVICE void finish_item(const Params& p, Shared& sh, const Item& item, const Work& work, int warp, int lane) {
+  if (work.entries > 1) {
     sync_block();
     if (threadIdx.x == 0) {
-      const bool all = atomic_add_acq_rel(&p.counters[work.item], 1) == work.slots - 1;
+      const bool all = atomic_add_acq_rel(&p.counters[work.item], 1) == work.entries - 1;
       if (all) p.counters[work.item] = 0;
       *sh.flag = all;
     }

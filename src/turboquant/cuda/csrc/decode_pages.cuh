@@ -47,7 +47,7 @@ struct PageStream {
 
   TQ_DEVICE PageStream(const Params& p, Shared& sh, int warp, int lane, const Block& block)
       : p(p), ring(sh.ring + warp * STAGES * STAGE_BYTES), bars(sh.bars + warp * STAGES), warp(warp), lane(lane), last(block.last), entry(block.first) {
-    if (block.first < block.last && block.work.begin >= 0) enter(block.work);
+    if (block.first < block.last) enter(block.work);
     if (TQ_CENTER == 1) {
       // Channels that the embedding leaves alone are turned by nothing; the copies never overwrite that.
       angle_bytes = p.pairs * 8;
@@ -88,8 +88,7 @@ struct PageStream {
         done = true;
         return;
       }
-      const Work work = p.work[entry];
-      if (work.begin >= 0) enter(work);
+      enter(p.work[entry]);
     }
     const int64_t i = table_row * p.table_row + (page - p.first_page);
     const int64_t block = p.table_wide ? ((const int64_t*)p.table)[i] : (int64_t)((const int32_t*)p.table)[i];

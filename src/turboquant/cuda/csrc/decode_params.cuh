@@ -21,8 +21,9 @@ constexpr int CENTER_WORDS = TQ_CENTER == 1 ? 4 * (D / 16) * 32 : 0;  // 16-byte
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f, NEVER = -1e30f;
 
 struct Work {
-  int item, begin, end, slot;  // pages [begin, end); begin < 0: the exact tokens. slot: where the partial result goes
-  int first_slot, slots, pad[2];  // of the item
+  int item, begin, end, slot;  // pages [begin, end); slot: where the partial result goes if the item has more entries
+  int exact;                   // whether the item's exact tokens come first; their partial result goes to first_slot
+  int first_slot, entries, pad;  // of the item
 };
 struct Block {
   int first, last, pad[2];  // entries of a thread block
@@ -93,7 +94,7 @@ constexpr int PLAIN_WORDS = NB * (D / 16) * 32;                   // uint2 of fo
 constexpr int MERGE_ROWS = FEW ? 4 : ROWS;
 constexpr int LINE = D + 4 * (D / 16);  // a row of floats with gaps, so that fragments are stored without bank conflicts
 TQ_DEVICE constexpr int line_place(int dim) { return dim + 4 * (dim >> 4); }
-constexpr int MERGE_FLOATS = WARPS * MERGE_ROWS * (LINE + 2) + MERGE_ROWS * (2 * D + 2);
+constexpr int MERGE_FLOATS = WARPS * MERGE_ROWS * (LINE + 2) + MERGE_ROWS * (2 * D + 4);
 constexpr int MATRIX_FLOATS = TQ_ROTATE ? 2 * D : WARPS * D;  // signs of keys and values, or a vector per warp
 
 struct Shared {
@@ -106,7 +107,7 @@ struct Shared {
   float* matrix;   // key and value signs; or a vector per warp while it is multiplied by a matrix
   float* merge;        // (WARPS, MERGE_ROWS, LINE)
   float* lines;        // (2, MERGE_ROWS, D): parts of pages and of exact tokens
-  float2 *merge_sums, *line_sums;  // maximum and sum
+  float2 *merge_sums, *line_sums;  // maximum and sum, of (WARPS, MERGE_ROWS) and (2, MERGE_ROWS)
   uint64_t* bars;
   int* flag;
   TQ_DEVICE explicit Shared(uint8_t* s) {
@@ -120,7 +121,7 @@ struct Shared {
     s += (TQ_QJL ? QUERY_WORDS * 16 : 0);
     turn = (float4*)s;
     s += TURN_WORDS * 16;
-    plain = (uint2*)s;  // packed and exact entries do not need their queries at the same time, but entries overlap
+    plain = (uint2*)s;
     s += PLAIN_WORDS * 8;
     merge = (float*)s;
     lines = merge + WARPS * MERGE_ROWS * LINE;

@@ -152,20 +152,19 @@ struct RawRow {
   }
 };
 
-// Rows of packed entries are balanced, rotated and cut into bytes; those of exact entries become fp16 as they are.
-TQ_DEVICE void prepare_row(const Params& p, Shared& sh, const Item& item, bool packed, int row, const RawRow& raw, int warp, int lane) {
+// For pages a row is balanced, rotated and cut into bytes; for exact tokens it becomes fp16 as it is.
+TQ_DEVICE void prepare_row(const Params& p, Shared& sh, const Item& item, bool exact, int row, const RawRow& raw, int warp, int lane) {
   const bool real = row < item.rows;
   float x[PER_LANE];
 #pragma unroll
   for (int k = 0; k < PER_LANE; k++) x[k] = real ? number(raw.x[k]) : 0.f;
-  if (!packed) {
+  if (exact) {
 #pragma unroll
     for (int k = 0; k < PER_LANE; k++) {
       const int dim = k * 32 + lane, base = segment_base(dim), share = segment_size(dim) / 4, in = dim - base;
       const int step = 2 * (base / 32 + in % share / 8) + (in >> 2 & 1), owner = (row & 7) * 4 + in / share;
       ((uint16_t*)&sh.plain[((row >> 3) * (D / 16) + step) * 32 + owner])[in & 3] = f32_to_f16(x[k]);
     }
-    return;
   }
 #if TQ_CENTER == 1
 #pragma unroll
@@ -198,11 +197,11 @@ TQ_DEVICE void prepare_row(const Params& p, Shared& sh, const Item& item, bool p
 #endif
 }
 
-TQ_DEVICE void prepare_queries(const Params& p, Shared& sh, const Item& item, bool packed, const RawRow& first, int warp, int lane) {
-  if (warp < ROWS) prepare_row(p, sh, item, packed, warp, first, warp, lane);
+TQ_DEVICE void prepare_queries(const Params& p, Shared& sh, const Item& item, bool exact, const RawRow& first, int warp, int lane) {
+  if (warp < ROWS) prepare_row(p, sh, item, exact, warp, first, warp, lane);
   for (int row = warp + WARPS; row < ROWS; row += WARPS) {
     RawRow raw;
     raw.load(p, item, row, lane);
-    prepare_row(p, sh, item, packed, row, raw, warp, lane);
+    prepare_row(p, sh, item, exact, row, raw, warp, lane);
   }
 }
