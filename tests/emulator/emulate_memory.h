@@ -91,6 +91,8 @@ TQ_DEVICE void mbar_wait(uint64_t* bar, uint32_t parity) {
 
 #endif
 
+TQ_DEVICE uint64_t read_once() { return 0; }
+
 // ---- between blocks: they run one after another ----
 
 TQ_DEVICE void fence_device() {}

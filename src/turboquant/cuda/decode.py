@@ -75,6 +75,8 @@ def supports(pages: PackedPages, dtype: torch.dtype, group: int, tokens: int) ->
         return f"head_dim {d} is no multiple of 32 up to 256"
     if dtype not in DTYPES:
         return f"queries are {dtype}"
+    if pages.codec.layout.qjl and d > 128:
+        return f"a QJL residual with head_dim {d}"
     if tokens > MAX_QUERY_TOKENS:
         return f"{tokens} new tokens are more than {MAX_QUERY_TOKENS}"
     if pages.center == 1 and pages.transform.rotary is not None and pages.transform.rotary.rotary_dim % 4:
@@ -91,7 +93,7 @@ def _shape(layout: PageLayout, center: int, rows: int) -> tuple[int, int, int]:
     Multiples of 4, one share for each scheduler. One block of 12 warps beat 3 of 4 (an entry is begun and ended once).
     """
     d = layout.head_dim
-    most = 16 if d <= 64 and rows <= 8 else 12 if d <= 128 and rows <= 8 else 8
+    most = 12 if d <= 128 and rows <= 8 else 8
     for warps in range(most, 0, -4):
         if shared_bytes(layout, center, 1, max(1, rows // 8), int(rows <= 4), warps, 2) <= 227 << 10:
             return warps, 2, 1
@@ -149,7 +151,9 @@ def _defines(
 def _instances() -> Iterator[dict[str, int | str]]:
     for d, k, v, center, rows in itertools.product((64, 96, 128, 256), (1, 2, 3, 4), (1, 2, 3, 4), (0, 1, 2), (4, 8, 16)):
         for qjl, softcap, rotate, dtype in ((0, 0, 1, 1), (0, 0, 0, 0), (1, 1, 1, 2)):
-            if (d == 96 and rotate) or (qjl and k == 4) or (d == 256 and rows == 16):
+            if (d == 96 and rotate) or (qjl and k == 4) or (rows == 16 and (d > (64 if center == 1 else 128) or qjl)) or (
+                qjl and d > 128
+            ):
                 continue
             layout = PageLayout(d, k, v, bool(qjl))
             yield _defines(layout, center, softcap, rotate, dtype, rows, _shape(layout, center, rows))
@@ -222,10 +226,12 @@ def _constants(pages: PackedPages) -> _Constants:
 # -- plan and run -----------------------------------------------------------------------------------------------------------
 
 
-def _query_rows(group: int, tokens: int, head_dim: int) -> int:
+def _query_rows(group: int, tokens: int, layout: PageLayout, center: int) -> int:
     """Query rows that a thread block handles at once: 4, 8 or 16 (4 are the columns of 8, of which half are left out)."""
     rows = group * tokens
-    return 4 if rows <= 4 else 8 if rows <= 8 or head_dim > 128 else 16
+    # Two blocks of 8 need twice the accumulators; with wide heads, a sketch or centring they do not fit the registers.
+    wide = layout.head_dim > (64 if center == 1 else 128) or layout.qjl
+    return 4 if rows <= 4 else 8 if rows <= 8 or wide else 16
 
 
 def plan(
@@ -247,7 +253,7 @@ def plan(
         rows: sequences; taken from ``packed_lens`` or the page table if not given.
     """
     layout = pages.codec.layout
-    at_once = _query_rows(group, tokens, layout.head_dim)
+    at_once = _query_rows(group, tokens, layout, pages.center)
     _, _, per_sm = _shape(layout, pages.center, at_once)
     if rows is None:
         rows = len(packed_lens) if not isinstance(packed_lens, int) else pages.table.shape[0]
@@ -308,7 +314,7 @@ def run(
             raise ShapeError(f"{name} is {t.dtype} {tuple(t.shape)} with strides {t.stride()}; see decode.run")
     if lse.shape != (rows, hq, tokens) or lse.dtype != torch.float32 or not lse.is_contiguous():
         raise ShapeError(f"lse is {lse.dtype} {tuple(lse.shape)}, not contiguous float32 {(rows, hq, tokens)}")
-    at_once = _query_rows(group, tokens, d)
+    at_once = _query_rows(group, tokens, layout, pages.center)
     row_blocks = -(-group * tokens // at_once)
     if work.exact != (exact is not None):
         raise ShapeError("the plan was made with exact tokens and the launch has none, or the other way round")

@@ -288,3 +288,4 @@ def _instances() -> Iterator[dict[str, int]]:
 
 
 jit.register_instances("extend", _instances, ExtendParams)
+jit.register_instances("extend:merge", _instances, ExtendParams)

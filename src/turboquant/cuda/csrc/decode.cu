@@ -19,18 +19,20 @@ TQ_KERNEL(tq_decode, Params, THREADS, TQ_BLOCKS) {
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   // What the first products need is asked for in the order in which it is waited for: its latency is most of a short launch.
   const Block block = p.blocks[blockIdx.x];
-  float sign[(2 * D + THREADS - 1) / THREADS];
-  if (TQ_ROTATE)
+  constexpr int SIGNS = TQ_ROTATE ? (2 * D + THREADS - 1) / THREADS : 0;
+  float sign[SIGNS + 1];
 #pragma unroll
-    for (int i = threadIdx.x, k = 0; i < 2 * D; i += THREADS, k++) sign[k] = i < D ? p.key_rotation[i] : p.value_rotation[i - D];
+  for (int k = 0; k < SIGNS; k++) {
+    const int i = k * THREADS + threadIdx.x;
+    if (i < 2 * D) sign[k] = i < D ? p.key_rotation[i] : p.value_rotation[i - D];
+  }
   RawRow raw;
   if (block.first < block.last) raw.load(p, Item(p, block.work.item), warp, lane);
   PageStream stream(p, sh, warp, lane, block);
-  if (TQ_ROTATE) {
 #pragma unroll
-    for (int i = threadIdx.x, k = 0; i < 2 * D; i += THREADS, k++) sh.matrix[i] = sign[k];
-    sync_block();
-  }
+  for (int k = 0; k < SIGNS; k++)
+    if (k * THREADS + threadIdx.x < 2 * D) sh.matrix[k * THREADS + threadIdx.x] = sign[k];
+  sync_block();
   int number = block.work.item, begin = block.work.begin, end = block.work.end, exact = block.work.exact, table_head = -1;
   for (int w = block.first; w < block.last; w++) {
     const Item item(p, number);

@@ -36,15 +36,26 @@ struct Bounds {  // which packed tokens a row of queries sees
   }
 };
 
-// Turn the query back by the angle of the page's first position: the B operand of the centring product.
+// The term q . R_p mu of all tokens of a page: the query, turned back by the angles of the page's first position, times R_j mu.
 #if TQ_CENTER == 1
-TQ_DEVICE void turn_query(const Shared& sh, const float4* angles, int n, int lane, uint32_t (&b)[D / 16][2]) {
+TQ_DEVICE void center_scores(const Shared& sh, const uint8_t* page, int lane, float (&s)[NB][4][4]) {
+  const float4* angles = (const float4*)(page + PAGE_BYTES);
 #pragma unroll
-  for (int s = 0; s < D / 16; s++) {
-    const float4 q = sh.turn[(n * (D / 16) + s) * 32 + lane];
-    const float4 a = angles[s * 4 + (lane & 3)];  // cos, sin of two pairs; four lanes read neighbours, free of bank conflicts
-    b[s][0] = f32_to_f16x2(q.x * a.x + q.z * a.y, q.y * a.z + q.w * a.w);
-    b[s][1] = f32_to_f16x2(q.z * a.x - q.x * a.y, q.w * a.z - q.y * a.w);
+  for (int i = 0; i < D / 16; i++) {
+    const float4 a = angles[i * 4 + (lane & 3)];  // cos, sin of two pairs; four lanes read neighbours, free of bank conflicts
+    uint32_t b[NB][2];
+#pragma unroll
+    for (int n = 0; n < NB; n++) {
+      const float4 q = sh.turn[(n * (D / 16) + i) * 32 + lane];
+      b[n][0] = f32_to_f16x2(q.x * a.x + q.z * a.y, q.y * a.z + q.w * a.w);
+      b[n][1] = f32_to_f16x2(q.z * a.x - q.x * a.y, q.w * a.z - q.y * a.w);
+    }
+#pragma unroll
+    for (int mt = 0; mt < 4; mt++) {
+      const uint4 t = sh.center[(mt * (D / 16) + i) * 32 + lane];
+#pragma unroll
+      for (int n = 0; n < NB; n++) mma_f16(s[n][mt], t.x, t.y, t.z, t.w, b[n][0], b[n][1]);
+    }
   }
 }
 #endif
@@ -115,11 +126,9 @@ TQ_DEVICE void attend_pages(const Params& p, const Shared& sh, const Item& item,
   int exponent = 0;
   for (int t = begin + warp; t < end; t += WARPS) {
     const uint8_t* page = stream.wait();
-    float s[NB][4][4];
+    float s[NB][4][4] = {};
 #if TQ_CENTER == 1
-    uint32_t turned[NB][D / 16][2];
-#pragma unroll
-    for (int n = 0; n < NB; n++) turn_query(sh, (const float4*)(page + PAGE_BYTES), n, lane, turned[n]);
+    center_scores(sh, page, lane, s);
 #endif
 #pragma unroll
     for (int mt = 0; mt < 4; mt++) {
@@ -128,19 +137,11 @@ TQ_DEVICE void attend_pages(const Params& p, const Shared& sh, const Item& item,
 #if TQ_QJL
       sketch_scores(sh, page, mt, lane, x);
 #endif
-#if TQ_CENTER == 1
-#pragma unroll
-      for (int i = 0; i < D / 16; i++) {
-        const uint4 a = sh.center[(mt * (D / 16) + i) * 32 + lane];
-#pragma unroll
-        for (int n = 0; n < NB; n++) mma_f16(x[n], a.x, a.y, a.z, a.w, turned[n][i][0], turned[n][i][1]);
-      }
-#endif
 #pragma unroll
       for (int n = 0; n < NB; n++)
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-          float y = x[n][i];
+          float y = s[n][mt][i] + x[n][i];
           if (TQ_CENTER == 2) y += sh.columns[3 * ROWS + 8 * n + 2 * c + (i & 1)];
           if (TQ_SOFTCAP) y = soft_cap(p, y);
           s[n][mt][i] = y;

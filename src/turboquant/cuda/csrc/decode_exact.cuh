@@ -19,6 +19,7 @@ TQ_DEVICE Half4 halves(const Raw4& x) { return {x.x, x.y}; }
 #endif
 TQ_DEVICE Raw4 load_4(const void* base, int64_t i) { return *(const Raw4*)((const Raw*)base + i); }
 // Values are asked for together with keys where registers allow: one wait for memory instead of two.
+constexpr int KEYS_AT_ONCE = TQ_DTYPE == 2 || D > 128 || NB == 2 ? 2 : D / 16;
 constexpr bool VALUES_EARLY = TQ_DTYPE != 2 && D <= 128 && NB == 1;
 
 // Exact tokens of an item, numbered through: its packed sinks first, then the window.
@@ -70,7 +71,7 @@ TQ_DEVICE void attend_exact(const Params& p, const Shared& sh, const Item& item,
       for (int quad = 0; quad < D / 32; quad++)
 #pragma unroll
         for (int u = 0; u < 4; u++) v[quad][u] = load_4(values[u], from[u] + value_dim(quad, g));
-#pragma unroll
+#pragma unroll KEYS_AT_ONCE
     for (int step = 0; step < D / 16; step++) {
       const int dim = key_dim(step >> 1, c) + 4 * (step & 1);
       const Half4 a = halves(load_4(keys[0], at[0] + dim)), b = halves(load_4(keys[1], at[1] + dim));
