@@ -122,9 +122,7 @@ def bf16_times(batch: int, seq: int, hq: int, h: int, d: int) -> dict[str, float
 class Packed:
     """Random pages of a batch with or without centring and exact window; copies of them; the launches."""
 
-    def __init__(
-        self, bits: tuple[int, int], batch: int, seq: int, hq: int, h: int, d: int, window: int, center: bool
-    ) -> None:
+    def __init__(self, bits: tuple[int, int], batch: int, seq: int, hq: int, h: int, d: int, window: int, center: bool) -> None:
         self.codec = PageCodec(PageLayout(d, *bits))
         self.rotary = Rotary(5e5 ** (-torch.arange(d // 2, dtype=torch.float64) / (d // 2)))
         stats = KeyStatistics(torch.randn(h, d), (torch.randn(h, d) * 0.2).exp()) if center else None
@@ -143,7 +141,16 @@ class Packed:
             scales.copy_(torch.rand(scales.shape, device=DEVICE) * 0.4 + 0.8)
             self.pages.append(
                 PackedPages(
-                    self.codec, self.transform, h, table, self.packed, pool, pool.stride(0), 0, pool.stride(1), angles=self.angles
+                    self.codec,
+                    self.transform,
+                    h,
+                    table,
+                    self.packed,
+                    pool,
+                    pool.stride(0),
+                    0,
+                    pool.stride(1),
+                    angles=self.angles,
                 )
             )
             x = torch.randn(2, batch, h, seq - self.packed, d, device=DEVICE).bfloat16() if window else None
@@ -196,7 +203,16 @@ class Packed:
 
 
 def measure(
-    preset: str, batch: int, seq: int, hq: int, h: int, d: int, window: int, center: bool, bf16: dict[str, float | str], copy: float
+    preset: str,
+    batch: int,
+    seq: int,
+    hq: int,
+    h: int,
+    d: int,
+    window: int,
+    center: bool,
+    bf16: dict[str, float | str],
+    copy: float,
 ) -> dict[str, Any]:
     """One line of results."""
     p = Packed(PRESETS[preset], batch, seq, hq, h, d, window, center)

@@ -7,13 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from turboquant import Rotary, TurboQuantCache, TurboQuantConfig, attend
+from turboquant import Rotary, TurboQuantConfig, attend
 from turboquant.attention import CausalMask, TensorMask, use_backend
 from turboquant.cache.layer import PackedLayer
 from turboquant.errors import ConfigError
 
 
-def filled(device: torch.device, length: int, rows: int = 1, dim: int = 64, dtype: torch.dtype = torch.float32, **settings: Any) -> PackedLayer:
+def filled(
+    device: torch.device, length: int, rows: int = 1, dim: int = 64, dtype: torch.dtype = torch.float32, **settings: Any
+) -> PackedLayer:
     """A layer with ``length`` tokens, fed in blocks, all but the last few by way of pages."""
     g = torch.Generator().manual_seed(length)
     rotary = Rotary(1e4 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim))
@@ -46,10 +48,22 @@ def on_kernels(kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("queries", [1, 5, 40])
-@pytest.mark.parametrize("settings", [
-    {}, {"sliding_window": 150}, {"sink_tokens": 0}, {"key_center": "mean"}, {"key_center": "none"},
-    {"starts": (0, 100), "rows": 2}, {"recent_tokens": 0}, {"quantizer": "lloyd_max_qjl"}, {"rotation_type": "orthogonal"}, {"dim": 80},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"sliding_window": 150},
+        {"sink_tokens": 0},
+        {"key_center": "mean"},
+        {"key_center": "none"},
+        {"starts": (0, 100), "rows": 2},
+        {"recent_tokens": 0},
+        {"quantizer": "lloyd_max_qjl"},
+        {"rotation_type": "orthogonal"},
+        {"dim": 80},
+    ],
+    ids=str,
+)
 def test_kernels_behind_the_cache(
     on_kernels: torch.device, settings: dict[str, Any], queries: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,7 @@ from turboquant.codec.layout import PAGE_TOKENS, PageLayout
 from turboquant.codec.page import PageCodec
 from turboquant.cuda import decode
 from turboquant.cuda.pages import PackedPages
+from turboquant.errors import ShapeError
 
 
 @dataclass
@@ -83,7 +84,9 @@ def run(case: Case, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tenso
             raw = torch.randn(1, case.heads, pages[r] * PAGE_TOKENS, d, generator=g)
             raw = raw * torch.rand(1, case.heads, raw.shape[2], 1, generator=g).add(0.5)
             offset = transform.offset(position)
-            packed = codec.encode(transform.forward(raw if offset is None else raw + offset, position), torch.randn(raw.shape, generator=g))
+            packed = codec.encode(
+                transform.forward(raw if offset is None else raw + offset, position), torch.randn(raw.shape, generator=g)
+            )
             mine = order[used : used + pages[r]]
             used += pages[r]
             table[r, : pages[r]] = mine
@@ -101,7 +104,9 @@ def run(case: Case, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tenso
     query = wide[:, :, 1:].transpose(1, 2)
     logits = torch.randn(hq, generator=g) if case.sink_logits else None
     scaling = d**-0.5
-    scores = torch.einsum("bhgtd,bhsd->bhgts", query.double().view(rows, case.heads, case.group, case.tokens, d), keys) * scaling
+    scores = (
+        torch.einsum("bhgtd,bhsd->bhgts", query.double().view(rows, case.heads, case.group, case.tokens, d), keys) * scaling
+    )
     if case.softcap:
         scores = (scores / case.softcap).tanh() * case.softcap
     index = torch.arange(seq)
@@ -110,7 +115,11 @@ def run(case: Case, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tenso
     if case.sliding:
         ok &= index > at[..., None] - case.sliding
     scores = scores.masked_fill(~ok[:, None, None], float("-inf")).flatten(1, 2)
-    everything = scores if logits is None else torch.cat((scores, logits.double()[None, :, None, None].expand(rows, -1, case.tokens, 1)), -1)
+    everything = (
+        scores
+        if logits is None
+        else torch.cat((scores, logits.double()[None, :, None, None].expand(rows, -1, case.tokens, 1)), -1)
+    )
     lse = everything.logsumexp(-1)
     p = (scores - lse[..., None]).exp().nan_to_num(0.0)
     expected = torch.einsum("bhgts,bhsd->bhgtd", p.view(rows, case.heads, case.group, case.tokens, seq), values).flatten(1, 2)
@@ -158,14 +167,73 @@ def test_bits(key_bits: int, value_bits: int, kernel_device: torch.device) -> No
     check(Case(key_bits=key_bits, value_bits=value_bits), kernel_device)
 
 
-@pytest.mark.parametrize("change", [
-    {"dim": 32}, {"dim": 96, "rotation": "orthogonal"}, {"dim": 96}, {"dim": 128}, {"dim": 128, "key_bits": 4, "value_bits": 4}, {"dim": 256}, {"dim": 160}, {"dim": 224},
-    {"dim": 128, "center": "none"}, {"center": "none"}, {"center": "constant"}, {"center": "interleaved"}, {"center": "partial"},
-    {"balance": False}, {"qjl": True, "key_bits": 2}, {"qjl": True, "key_bits": 3, "dim": 128}, {"softcap": 20.0}, {"sliding": 100}, {"sliding": 20},
-    {"starts": (0, 70)}, {"starts": (130, 3), "sinks": 2}, {"starts": (190, 262), "window": 70}, {"sink_logits": True}, {"dtype": torch.bfloat16}, {"dtype": torch.float32},
-    {"group": 1}, {"group": 7}, {"group": 8}, {"group": 16}, {"group": 3, "tokens": 5}, {"group": 4, "tokens": 16, "window": 40},
-    {"tokens": 4, "sliding": 90, "starts": (10, 0)}, {"packed": (0, 0)}, {"packed": (1, 0, 63, 64, 65)}, {"packed": (700, 20, 333), "window": 3},
-    {"window": 0, "sinks": 0}, {"window": 0, "sinks": 0, "packed": (0, 130)}, {"sinks": 0}, {"window": 1}, {"offset": 10.0}, {"packed": (64,), "window": 200, "heads": 1, "group": 2},
-], ids=lambda c: ",".join(f"{k}={v}" for k, v in c.items()))  # fmt: skip
+CHANGES: list[dict[str, object]] = [
+    {"dim": 32},
+    {"dim": 96},
+    {"dim": 96, "rotation": "orthogonal"},
+    {"dim": 128, "group": 7},
+    {"dim": 128, "key_bits": 4, "value_bits": 4, "tokens": 2},
+    {"dim": 128, "center": "none"},
+    {"dim": 160},
+    {"dim": 224},
+    {"dim": 256},
+    {"center": "none"},
+    {"center": "constant"},
+    {"center": "interleaved"},
+    {"center": "partial"},
+    {"balance": False},
+    {"qjl": True, "key_bits": 2},
+    {"qjl": True, "key_bits": 3, "dim": 128},
+    {"softcap": 20.0},
+    {"sliding": 100},
+    {"sliding": 20},
+    {"starts": (0, 70)},
+    {"starts": (130, 3), "sinks": 2},
+    {"starts": (190, 262), "window": 70},
+    {"sink_logits": True},
+    {"dtype": torch.bfloat16},
+    {"dtype": torch.float32},
+    {"group": 1},
+    {"group": 7},
+    {"group": 8},
+    {"group": 16},
+    {"group": 3, "tokens": 5},
+    {"group": 4, "tokens": 16, "window": 40},
+    {"tokens": 4, "sliding": 90, "starts": (10, 0)},
+    {"packed": (0, 0)},
+    {"packed": (1, 0, 63, 64, 65)},
+    {"packed": (700, 20, 333), "window": 3},
+    {"packed": (64,), "window": 200, "heads": 1, "group": 2},
+    {"packed": (4097, 5), "heads": 1, "window": 9},
+    {"window": 0, "sinks": 0},
+    {"window": 0, "sinks": 0, "packed": (0, 130)},
+    {"sinks": 0},
+    {"window": 1},
+    {"offset": 10.0},
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda c: ",".join(f"{k}={v}" for k, v in c.items()))
 def test_shapes_and_features(change: dict[str, object], kernel_device: torch.device) -> None:
     check(dataclasses.replace(Case(), **change), kernel_device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("packed", [(0, 1, 63, 64, 65, 4097), (131072, 777)], ids=str)
+def test_long_contexts(dim: int, packed: tuple[int, ...]) -> None:
+    check(Case(dim=dim, packed=packed, window=150, dtype=torch.bfloat16, seed=7), torch.device("cuda"))
+
+
+def test_blocks_with_many_entries(kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few blocks go through many items each, and cut some of them."""
+    for blocks in (1, 2, 5):
+        monkeypatch.setattr(decode.jit, "multiprocessors", lambda device, n=blocks: n)
+        check(Case(packed=(700, 20, 333), heads=3), kernel_device)
+
+
+def test_wrong_input_is_refused(kernel_device: torch.device) -> None:
+    with pytest.raises(ShapeError, match="17 new tokens"):
+        run(Case(tokens=17, window=40), kernel_device)
+    with pytest.raises(ShapeError, match="head_dim 80"):
+        run(Case(dim=80), kernel_device)

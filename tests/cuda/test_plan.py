@@ -28,7 +28,9 @@ def test_every_page_once(pages: list[int], blocks: int, entry_cost: float, windo
     # Exact tokens once per item, with its first pages; slots are all different, the item's first one is for exact tokens.
     window = int(window_cost > 0)
     assert (np.bincount(entries[:, 0], weights=entries[:, 4], minlength=len(pages)) == window).all()
-    assert (np.bincount(entries[:, 0], minlength=len(pages)) == [entries[entries[:, 0] == i][0, 6] for i in range(len(pages))]).all()
+    assert (
+        np.bincount(entries[:, 0], minlength=len(pages)) == [entries[entries[:, 0] == i][0, 6] for i in range(len(pages))]
+    ).all()
     assert len({*entries[:, 3]} | ({*entries[:, 5]} if window else set())) == len(entries) + window * len(pages)
     for item in range(len(pages)):
         mine = entries[entries[:, 0] == item]

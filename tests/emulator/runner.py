@@ -21,7 +21,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "src" / "turboquant" / "cuda" / "csrc"
 # No fused multiply-add and no aliasing rules: kernels reinterpret bytes of shared memory as they like, as nvcc allows.
-FLAGS: tuple[str, ...] = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-ffp-contract=off")
+FLAGS: tuple[str, ...] = ("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-ffp-contract=off")
 # A frame must fit into a fiber's stack of 128 KiB.
 FLAGS += ("-g1", "-fno-exceptions", "-Wno-psabi", "-Wno-unknown-pragmas", "-Werror=frame-larger-than=98304", "-DTQ_EMULATE")
 UNUSED_DAYS = 3  # compiled kernels that nobody used for so long are removed

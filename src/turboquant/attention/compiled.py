@@ -8,8 +8,11 @@ from torch import Tensor
 from ..cache.layer import LAYERS, PackedLayer
 from ..errors import TurboQuantError
 
+
 @torch.library.custom_op("turboquant::attend", mutates_args=())
-def _attend(query: Tensor, layer: int, scaling: float, softcap: float | None, sink_logits: Tensor | None) -> tuple[Tensor, Tensor]:
+def _attend(
+    query: Tensor, layer: int, scaling: float, softcap: float | None, sink_logits: Tensor | None
+) -> tuple[Tensor, Tensor]:
     from . import attend
 
     if layer not in LAYERS:

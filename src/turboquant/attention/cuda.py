@@ -40,7 +40,7 @@ def packed_pages(layer: PackedLayer) -> PackedPages:
 
 
 def merge(parts: list[tuple[Tensor, Tensor]], sink_logits: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Attention over several parts of a context from their (output, log-sum-exp), and logits that only enter the denominator."""
+    """Attention over a context from (output, log-sum-exp) of its parts, and from logits that only enter the denominator."""
     lse = torch.stack([part[1] for part in parts])
     if sink_logits is not None:
         lse = torch.cat((lse, sink_logits.float()[None, None, :, None].expand(1, *lse.shape[1:])))
@@ -134,9 +134,7 @@ def _decode(call: Call, mask: CausalMask) -> tuple[Tensor, Tensor]:
     out = torch.empty((b, t, hq, d), dtype=query.dtype, device=query.device).transpose(1, 2)
     lse = torch.empty((b, hq, t), dtype=torch.float32, device=query.device)
     logits = None if call.sink_logits is None else call.sink_logits.float().contiguous()
-    decode.run(
-        query, pages, exact, layer.length, work, out, lse, call.scaling, call.softcap, mask.sliding_window, logits
-    )
+    decode.run(query, pages, exact, layer.length, work, out, lse, call.scaling, call.softcap, mask.sliding_window, logits)
     return out, lse
 
 

@@ -48,7 +48,7 @@ def backend_for(call: Call) -> Backend:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Inside ``with use_backend("reference"):`` calls are done by that back-end where it can (for tests and comparisons).
+    """Have calls inside the ``with`` block done by one back-end where it can (for tests and comparisons).
 
     Raises:
         ConfigError: there is no such back-end.

@@ -217,9 +217,7 @@ class PackedLayer:
     def _pack(self, pages: int) -> None:
         assert self._tail is not None and self.transform is not None
         count = pages - self.packed_pages
-        new = self._tail.new_empty(
-            (count, self.batch_size, self.num_kv_heads, self.layout.page_bytes), dtype=torch.uint8
-        )
+        new = self._tail.new_empty((count, self.batch_size, self.num_kv_heads, self.layout.page_bytes), dtype=torch.uint8)
         first = self.packed_tokens
         self._save_sinks(first, pages * PAGE_TOKENS)
         if kernels_run_on(new.device):
@@ -236,7 +234,7 @@ class PackedLayer:
         self.packed_pages = pages
 
     def page_angles(self, pages: int) -> Tensor | None:
-        """cos and sin of the first ``pages`` page starts, float32 (rows or 1, >= pages, pairs, 2); None without rotary."""
+        """Cos and sin of the first ``pages`` page starts, float32 (rows or 1, >= pages, pairs, 2); None without rotary."""
         if self.rotary is None or self._tail is None:
             return None
         if self._angles is None or self._angles[0] is not self.starts:
@@ -285,7 +283,7 @@ class PackedLayer:
     # -- read -----------------------------------------------------------------------------------------------------
 
     def tail(self) -> tuple[Tensor, int]:
-        """(2, batch, heads, slots, head_dim) with all exact tokens, pending ones too, and the index of the first slot's token."""
+        """(2, batch, heads, slots, head_dim) with all exact tokens, pending ones too, and the index of the token in slot 0."""
         if self._pending is not None:
             self._absorb(self._tail_start)
         assert self._tail is not None

@@ -151,8 +151,11 @@ def _defines(
 def _instances() -> Iterator[dict[str, int | str]]:
     for d, k, v, center, rows in itertools.product((64, 96, 128, 256), (1, 2, 3, 4), (1, 2, 3, 4), (0, 1, 2), (4, 8, 16)):
         for qjl, softcap, rotate, dtype in ((0, 0, 1, 1), (0, 0, 0, 0), (1, 1, 1, 2)):
-            if (d == 96 and rotate) or (qjl and k == 4) or (rows == 16 and (d > (64 if center == 1 else 128) or qjl)) or (
-                qjl and d > 128
+            if (
+                (d == 96 and rotate)
+                or (qjl and k == 4)
+                or (rows == 16 and (d > (64 if center == 1 else 128) or qjl))
+                or (qjl and d > 128)
             ):
                 continue
             layout = PageLayout(d, k, v, bool(qjl))
@@ -175,7 +178,7 @@ def _rotation(rotation: Rotation, rotate: bool, device: torch.device) -> Tensor:
 
 def center_fragments(table: Tensor, pairs: int, interleaved: bool) -> Tensor:
     """R_j mu (heads, 64, head_dim) as the fp16 A operands of the kernel, (heads, 4, head_dim / 16, 32, 8)."""
-    h, _, d = table.shape
+    d = table.shape[2]
     dim = torch.arange(d)
     if interleaved:
         order = torch.cat((dim[0::2], dim[1::2]))
@@ -259,7 +262,7 @@ def plan(
         rows = len(packed_lens) if not isinstance(packed_lens, int) else pages.table.shape[0]
     row_blocks = -(-group * tokens // at_once)
     sms = jit.multiprocessors(pages.device) if pages.device.type == "cuda" else 4
-    # Beginning and ending an entry takes some microseconds of latency; in that time a block's share of the bandwidth is so many pages.
+    # Beginning and ending an entry takes some microseconds; in that time a block's share of the bandwidth is so many pages.
     entry = ENTRY_BYTES / (sms * per_sm * layout.page_bytes)
     # Exact tokens are 2 bytes a number, keys and values; waiting for them costs about half an entry.
     exact = exact_tokens * 4 * layout.head_dim / layout.page_bytes + entry / 2 if exact_tokens else 0.0
@@ -303,7 +306,7 @@ def run(
         ShapeError: says what does not fit.
         KernelError: the kernel cannot run here.
     """
-    rows, hq, tokens, d = query.shape
+    rows, hq, tokens, _ = query.shape
     layout = pages.codec.layout
     group = hq // pages.num_kv_heads
     reason = supports(pages, query.dtype, group, tokens)
@@ -345,7 +348,17 @@ def run(
 
 def _fill_pages(s: DecodeStruct, pages: PackedPages, rotate: bool) -> None:
     p = pages.struct()
-    for name in ("pool", "table", "table_row", "block_stride", "row_stride", "head_stride", "packed_lens", "packed_len", "starts"):
+    for name in (
+        "pool",
+        "table",
+        "table_row",
+        "block_stride",
+        "row_stride",
+        "head_stride",
+        "packed_lens",
+        "packed_len",
+        "starts",
+    ):
         setattr(s, name, getattr(p, name))
     s.table_wide, s.first_page, s.angles, s.angles_row = p.table_wide, p.first_page, p.angles, p.angles_row
     s.pairs, s.interleaved = p.pairs, p.interleaved
@@ -367,7 +380,13 @@ def _fill_exact(s: DecodeStruct, exact: ExactTokens | None, query: Tensor) -> No
     if exact.sinks is not None:
         pairs.append(("sink", *exact.sinks))
     for name, k, v in pairs:
-        if k.dtype != query.dtype or v.dtype != query.dtype or k.stride() != v.stride() or k.shape != v.shape or k.stride(3) != 1:
+        if (
+            k.dtype != query.dtype
+            or v.dtype != query.dtype
+            or k.stride() != v.stride()
+            or k.shape != v.shape
+            or k.stride(3) != 1
+        ):
             raise ShapeError(f"{name} keys and values must be {query.dtype} with equal strides and a contiguous last axis")
         if (k.data_ptr() | v.data_ptr()) % 16 or any(x * k.element_size() % 16 for x in k.stride()[:3]):
             raise ShapeError(f"{name} keys and values must start, row by row, at multiples of 16 bytes")
