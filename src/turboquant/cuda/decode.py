@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..codec.layout import PAGE_TOKENS, PageLayout, lut_bytes
+from ..codec.layout import PAGE_TOKENS, PageLayout, lut_bytes, stored_levels
 from ..codec.rotation import Rotation
 from ..errors import ShapeError
 from . import jit
@@ -123,6 +123,8 @@ def _defines(
     warps, stages, blocks = shape
     nb, few = max(1, rows // 8), int(rows <= 4)
     keys, values = _table(lut_bytes(layout.key_bits, "key")), _table(lut_bytes(layout.value_bits, "value"))
+    key_levels = stored_levels(layout.key_bits, "key").tolist()
+    value_levels = stored_levels(layout.value_bits, "value").tolist()
     return {
         "TQ_D": layout.head_dim,
         "TQ_KB": layout.key_bits,
@@ -139,6 +141,10 @@ def _defines(
         "TQ_BLOCKS": blocks,
         "TQ_SHARED_BYTES": shared_bytes(layout, center, rotate, nb, few, warps, stages),
         "TQ_QJL_SCALE": f"{math.sqrt(math.pi / (2 * layout.head_dim)):.9g}f",
+        # A level of 2-bit keys is the first one plus the code, of 1- and 2-bit values the first one plus a step times the code.
+        "TQ_KEY_FIRST": f"{key_levels[0]}f",
+        "TQ_VALUE_FIRST": f"{value_levels[0]}f",
+        "TQ_VALUE_STEP": f"{value_levels[1] - value_levels[0]}f",
         "TQ_KLUT0": f"{keys[0]}u",
         "TQ_KLUT1": f"{keys[1]}u",
         "TQ_VLUT0": f"{values[0]}u",

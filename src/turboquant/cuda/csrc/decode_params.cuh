@@ -4,6 +4,7 @@
 constexpr int D = TQ_D, KB = TQ_KB, VB = TQ_VB, NB = TQ_NB, WARPS = TQ_WARPS, STAGES = TQ_STAGES;
 constexpr int THREADS = 32 * WARPS, ROWS = 8 * NB, PAGE = 64;
 constexpr bool FEW = TQ_FEW;  // at most 4 query rows an item: half of the columns of fragments are not used
+static_assert(NB == 1 || NB == 2, "one or two blocks of 8 query rows at once");
 static_assert(D % 32 == 0 && D <= 512, "head_dim must be a multiple of 32");
 
 // ---- page layout (codec/layout.py; the wrapper compares these offsets with PageLayout) ----
