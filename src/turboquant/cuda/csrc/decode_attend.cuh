@@ -73,7 +73,7 @@ TQ_DEVICE void page_scores(const Shared& sh, const uint8_t* page, int mt, int la
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const float x = (float)(high[n][i] * 256 + low[n][i]);
-      out[n][i] = (KB == 4 || KB == 2 ? x + constant[n][i & 1] : x) * (unit[n][i & 1] * (i < 2 ? sa : sb));
+      out[n][i] = (key_shift(KB) != 0.f ? x + constant[n][i & 1] : x) * (unit[n][i & 1] * (i < 2 ? sa : sb));
     }
 }
 
@@ -98,8 +98,10 @@ TQ_DEVICE void sketch_scores(const Shared& sh, const uint8_t* page, int mt, int 
 #pragma unroll
   for (int n = 0; n < NB; n++)
 #pragma unroll
-    for (int i = 0; i < 4; i++)
-      out[n][i] += (float)(high[n][i] * 256 + low[n][i]) * (sh.columns[2 * ROWS + 8 * n + 2 * c + (i & 1)] * (i < 2 ? na : nb));
+    for (int i = 0; i < 4; i++) {
+      const float* of = sh.columns + 8 * n + 2 * c + (i & 1);
+      out[n][i] += ((float)(high[n][i] * 256 + low[n][i]) + of[4 * ROWS]) * (of[2 * ROWS] * (i < 2 ? na : nb));
+    }
 }
 #endif
 
@@ -195,9 +197,12 @@ TQ_DEVICE void attend_pages(const Params& p, const Shared& sh, const Item& item,
         b[n][0] = movmatrix(f32_to_f16x2(p0 * va, p1 * va));
         b[n][1] = movmatrix(f32_to_f16x2(p2 * vb, p3 * vb));
       }
+      if constexpr (RAW_CODES)
 #pragma unroll
-      for (int n = 0; n < (RAW_CODES ? NB : 0); n++)  // ones in the rows of w[2n]
-        mma_f16(acc.w, n ? 0 : ONES, n ? ONES : 0, n ? 0 : ONES, n ? ONES : 0, b[n][0], b[n][1]);
+        for (int n = 0; n < NB; n++) {
+          const uint32_t first = n ? 0 : ONES, second = NB == 1 || n ? ONES : 0;  // rows that give w[0], w[1] and w[2], w[3]
+          mma_f16(acc.w, first, second, first, second, b[n][0], b[n][1]);
+        }
 #pragma unroll
       for (int quad = 0; quad < D / 32; quad++) {
         uint32_t lo[4], hi[4];

@@ -168,17 +168,18 @@ TQ_DEVICE uint32_t selectors(const uint8_t* planes, int token, const Place& at) 
   return (low_bits(planes, token, at) >> (2 * at.r) & 0x33333333u) |
          (rotate_left(word_at(planes + PAGE * D / 4 + token * (D / 8) + at.b * 4), 2 - at.i) & 0x44444444u);
 }
-// Signs of 4 neighbouring dims in the top bits of the 4 bytes; the other bits are arbitrary.
-template <int BITS> TQ_DEVICE uint32_t signs(const uint8_t* planes, int token, const Place& at, int next) {
-  return word_at(planes + (BITS == 4 ? PAGE * D * 3 / 8 : 0) + token * (D / 8) + at.b * 4) << (7 - at.slot - next);
+// Signs of 4 neighbouring dims at 4 bits in the top bits of the 4 bytes; the other bits are arbitrary.
+TQ_DEVICE uint32_t signs(const uint8_t* planes, int token, const Place& at, int next) {
+  return word_at(planes + PAGE * D * 3 / 8 + token * (D / 8) + at.b * 4) << (7 - at.slot - next);
 }
 
-// Eight neighbouring keys of one token as int8: levels in units of 1/64 (layout.py), at 4 bits less a half. At 2 bits codes,
-// those of even dims first, times 4 where bit 3 of the dim is set; store_row() makes up for it.
+// Eight neighbouring keys of one token as int8: levels in units of 1/64 (layout.py), at 4 bits less a half; at 1 and 2 bits codes
+// times 2^code_shift(), at 2 bits those of even dims first. store_row() makes up for all that.
 template <int BITS> TQ_DEVICE void key_bytes(const uint8_t* planes, int token, const Place& at, uint32_t& first, uint32_t& second) {
   if constexpr (BITS == 1) {
-    first = (signs<1>(planes, token, at, 0) & 0x80808080u) ^ 0x40404040u;
-    second = (signs<1>(planes, token, at, 1) & 0x80808080u) ^ 0x40404040u;
+    const uint32_t w = word_at(planes + token * (D / 8) + at.b * 4) >> (at.slot & 4), mask = 0x01010101u << (at.slot & 3);
+    first = w & mask;
+    second = w & mask << 1;
   } else if constexpr (BITS == 2) {
     const uint32_t w = low_bits(planes, token, at), mask = 0x03030303u << (2 * at.r);
     first = w & mask;
@@ -188,8 +189,8 @@ template <int BITS> TQ_DEVICE void key_bytes(const uint8_t* planes, int token, c
     first = prmt(TQ_KLUT0, TQ_KLUT1, s);
     second = prmt(TQ_KLUT0, TQ_KLUT1, HI16(s));
     if constexpr (BITS == 4) {
-      first ^= prmt(signs<4>(planes, token, at, 0), 0u, 0xBA98u);
-      second ^= prmt(signs<4>(planes, token, at, 1), 0u, 0xBA98u);
+      first ^= prmt(signs(planes, token, at, 0), 0u, 0xBA98u);
+      second ^= prmt(signs(planes, token, at, 1), 0u, 0xBA98u);
     }
   }
 }
@@ -212,7 +213,7 @@ TQ_DEVICE void value_pairs(const uint8_t* planes, int token, int quad, int g, bo
       x[u] = low_bits(planes, t, at);
     } else {
       x[u] = prmt(TQ_VLUT0, TQ_VLUT1, (at.half ? HI16(selectors(planes, t, at)) : selectors(planes, t, at)));
-      if constexpr (VB == 4) x[u] ^= signs<4>(planes, t, at, 0) & 0x80808080u;
+      if constexpr (VB == 4) x[u] ^= signs(planes, t, at, 0) & 0x80808080u;
     }
   }
 #pragma unroll

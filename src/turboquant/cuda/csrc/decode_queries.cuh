@@ -105,9 +105,15 @@ TQ_DEVICE void rotate_back(float (&x)[PER_LANE], const float* rotation, float* l
 #endif
 }
 
+// A key's level (layout.py) is key_step() times the sum of a number that key_bytes() gives and key_shift(). A sketch's is one of 1 bit.
+TQ_DEVICE constexpr float key_step(int bits) { return bits == 1 ? -2.f : bits == 2 ? 1.f : 1.f / 64; }
+TQ_DEVICE constexpr float key_shift(int bits) { return bits == 1 ? -0.5f : bits == 2 ? -1.5f : bits == 4 ? 0.5f : 0.f; }
+// Codes of 1 and 2 bits come 2^code_shift() times too large: their bits are masked where they are, in the low 4 bits of a byte.
+TQ_DEVICE constexpr int code_shift(int bits, int dim) { return bits == 1 ? dim >> 2 & 3 : bits == 2 ? dim >> 2 & 2 : 0; }
+
 // A row as 16-bit integers, split into a high and a low byte for two int8 products: exact to 2^-16 of its largest number.
-// Writes it in fragment order; returns the unit in `unit` and in `constant` what to add to products with the bytes of
-// key_bytes<BITS> (which see): 4-bit levels are a byte and a half, 2-bit ones a code and TQ_KEY_FIRST.
+// Where codes come 2, 4 or 8 times too large, integers are that much smaller and coarser. Writes them in the order of
+// key_bytes<BITS>; returns the unit of products in `unit` and what to add to products in `constant`.
 template <int BITS> TQ_DEVICE void store_row(uint4* words, int row, const float (&x)[PER_LANE], int lane, float& unit, float& constant) {
   float top = 0.f;
 #pragma unroll
@@ -115,26 +121,25 @@ template <int BITS> TQ_DEVICE void store_row(uint4* words, int row, const float 
 #pragma unroll
   for (int m = 16; m; m >>= 1) top = fmaxf(top, shfl_xor(top, m));
   const float inverse = top > 0.f ? 32512.f / top : 0.f;
-  unit = top * (1.f / 32512.f);
+  unit = top * (key_step(BITS) / 32512.f);
   int sum = 0;
 #pragma unroll
   for (int k = 0; k < PER_LANE; k++) {
-    // Codes of 2 bits come four times as large from every other 8 dims, and even dims before odd ones.
-    const int dim = k * 32 + lane, times = BITS == 2 && dim & 8 ? 4 : 1;
-    const int v = round_to_int(x[k] * inverse * (1.f / times)), high = (v + 128) >> 8, low = v - 256 * high;
+    const int dim = k * 32 + lane, shift = code_shift(BITS, dim);
+    const int v = round_to_int(x[k] * (inverse * as_float((uint32_t)(127 - shift) << 23))), high = (v + 128) >> 8, low = v - 256 * high;
     const int base = segment_base(dim), share = segment_size(dim) / 4, in = dim - base;
     const int step = base / 32 + in % share / 8, owner = (row & 7) * 4 + in / share;
     const int byte = BITS == 2 ? in % 8 / 2 + in % 2 * 4 : in % 8;
     uint8_t* w = (uint8_t*)&words[((row >> 3) * K_STEPS + step) * 32 + owner];
     w[byte] = (uint8_t)high;
     w[8 + byte] = (uint8_t)low;
-    sum += v * times;
+    sum += v << shift;
   }
   constant = 0.f;
-  if constexpr (BITS == 4 || BITS == 2) {
+  if constexpr (key_shift(BITS) != 0.f) {
 #pragma unroll
     for (int m = 16; m; m >>= 1) sum += shfl_xor(sum, m);
-    constant = (BITS == 4 ? 0.5f : TQ_KEY_FIRST) * (float)sum;
+    constant = key_shift(BITS) * (float)sum;
   }
 }
 
@@ -194,13 +199,16 @@ TQ_DEVICE void prepare_row(const Params& p, Shared& sh, const Item& item, bool p
   rotate(x, TQ_ROTATE ? sh.matrix : p.key_rotation, line, lane);
   store_row<KB>(sh.query, row, x, lane, unit, constant);
   if (lane == 0) {
-    sh.columns[row] = unit * (p.scale * LOG2E * (KB == 2 ? 1.f : 1.f / 64));
+    sh.columns[row] = unit * (p.scale * LOG2E);
     sh.columns[ROWS + row] = constant;
   }
 #if TQ_QJL
   rotate(x, p.sketch_rotation, line, lane);
   store_row<1>(sh.sketch, row, x, lane, unit, constant);
-  if (lane == 0) sh.columns[2 * ROWS + row] = unit * (p.scale * LOG2E / 64.f) * TQ_QJL_SCALE;  // sqrt(pi / (2 D))
+  if (lane == 0) {
+    sh.columns[2 * ROWS + row] = unit * (p.scale * LOG2E) * TQ_QJL_SCALE;  // sqrt(pi / (2 D))
+    sh.columns[4 * ROWS + row] = constant;
+  }
 #endif
 }
 
