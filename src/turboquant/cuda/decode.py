@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..codec.layout import PAGE_TOKENS, PageLayout, lut_bytes
+from ..codec.layout import PAGE_TOKENS, PageLayout, lut_bytes, stored_levels
 from ..codec.rotation import Rotation
 from ..errors import ShapeError
 from . import jit
@@ -109,7 +109,7 @@ def shared_bytes(layout: PageLayout, center: int, rotate: int, nb: int, few: int
     rows = 4 if few else 8 * nb
     merge = warps * rows * (d + d // 16 * 4 + 2) + rows * (2 * d + 4)
     matrix = 2 * d if rotate else warps * d
-    return warps * stages * (stage + 8) + 16 * words + 8 * nb * (d // 16) * 32 + 4 * (merge + matrix + 32 * nb) + 16
+    return warps * stages * (stage + 8) + 16 * words + 8 * nb * (d // 16) * 32 + 4 * (merge + matrix + 40 * nb) + 16
 
 
 def _table(entries: Sequence[int]) -> tuple[int, int]:
@@ -125,6 +125,7 @@ def _defines(
     warps, stages, blocks = shape
     nb, few = max(1, rows // 8), int(rows <= 4)
     keys, values = _table(lut_bytes(layout.key_bits, "key")), _table(lut_bytes(layout.value_bits, "value"))
+    levels = stored_levels(layout.value_bits, "value").tolist()
     return {
         "TQ_D": layout.head_dim,
         "TQ_KB": layout.key_bits,
@@ -141,6 +142,8 @@ def _defines(
         "TQ_BLOCKS": blocks,
         "TQ_SHARED_BYTES": shared_bytes(layout, center, rotate, nb, few, warps, stages),
         "TQ_QJL_SCALE": f"{math.sqrt(math.pi / (2 * layout.head_dim)):.9g}f",
+        "TQ_VALUE_FIRST": f"{levels[0]}f",  # 1 and 2 bits: a level is this plus a step times the code
+        "TQ_VALUE_STEP": f"{levels[1] - levels[0]}f",
         "TQ_KLUT0": f"{keys[0]}u",
         "TQ_KLUT1": f"{keys[1]}u",
         "TQ_VLUT0": f"{values[0]}u",

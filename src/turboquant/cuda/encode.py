@@ -57,9 +57,8 @@ def code_defines(key_bits: int, value_bits: int) -> dict[str, int | str]:
     key_bytes = lut_bytes(key_bits, "key")[-(2 ** (key_bits - 1)) :]
     # Levels of values by the number of the magnitude, at 1 to 3 bits those of negative ones behind.
     value_bytes = lut_bytes(value_bits, "value")
-    low = value_bytes[0]
     if value_bits == 1:
-        value_bytes = (low, low | 0x80)
+        value_bytes = (value_bytes[0], value_bytes[0] | 0x80)
     elif value_bits < 4:
         half = len(value_bytes) // 2
         value_bytes = value_bytes[half:] + value_bytes[:half][::-1]
@@ -75,7 +74,6 @@ def code_defines(key_bits: int, value_bits: int) -> dict[str, int | str]:
         "TQ_VALUE_SQUARES": _words(magnitudes(value_bits, "value").T ** 2),
         "TQ_VALUE_LUT0": value0,
         "TQ_VALUE_LUT1": value1,
-        "TQ_VALUE_LOW": low,
     }
 
 

@@ -61,7 +61,8 @@ TQ_DEVICE void center_scores(const Shared& sh, const uint8_t* page, int lane, fl
 #endif
 
 // Scores (base 2) of 16 tokens of a page for NB blocks of 8 query rows.
-TQ_DEVICE void page_scores(const Shared& sh, const uint8_t* page, int mt, int lane, const float (&unit)[NB][2], float (&out)[NB][4]) {
+TQ_DEVICE void page_scores(const Shared& sh, const uint8_t* page, int mt, int lane, const float (&unit)[NB][2], const float (&constant)[NB][2],
+                           float (&out)[NB][4]) {
   const int g = lane >> 2, c = lane & 3, ta = mt * 16 + tile_token(g);
   int high[NB][4] = {}, low[NB][4] = {};
 #pragma unroll
@@ -83,7 +84,7 @@ TQ_DEVICE void page_scores(const Shared& sh, const uint8_t* page, int mt, int la
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const float x = (float)(high[n][i] * 256 + low[n][i]);
-      out[n][i] = (KB == 4 ? x + sh.columns[ROWS + 8 * n + 2 * c + (i & 1)] : x) * (unit[n][i & 1] * (i < 2 ? sa : sb));
+      out[n][i] = (key_shift(KB) != 0.f ? x + constant[n][i & 1] : x) * (unit[n][i & 1] * (i < 2 ? sa : sb));
     }
 }
 
@@ -108,20 +109,24 @@ TQ_DEVICE void sketch_scores(const Shared& sh, const uint8_t* page, int mt, int 
 #pragma unroll
   for (int n = 0; n < NB; n++)
 #pragma unroll
-    for (int i = 0; i < 4; i++)
-      out[n][i] += (float)(high[n][i] * 256 + low[n][i]) * (sh.columns[2 * ROWS + 8 * n + 2 * c + (i & 1)] * (i < 2 ? na : nb));
+    for (int i = 0; i < 4; i++) {
+      const float* of = sh.columns + 8 * n + 2 * c + (i & 1);
+      out[n][i] += ((float)(high[n][i] * 256 + low[n][i]) + of[4 * ROWS]) * (of[2 * ROWS] * (i < 2 ? na : nb));
+    }
 }
 #endif
+
+constexpr uint32_t ONES = 0x3C003C00u;  // two fp16
 
 TQ_DEVICE void attend_pages(const Params& p, const Shared& sh, const Item& item, int begin, int end, PageStream& stream,
                             Accumulator& acc, int warp, int lane) {
   const int g = lane >> 2, c = lane & 3;
   const Bounds bounds(p, item);
-  float unit[NB][2];
+  float unit[NB][2], constant[NB][2];
 #pragma unroll
   for (int n = 0; n < NB; n++)
 #pragma unroll
-    for (int j = 0; j < 2; j++) unit[n][j] = sh.columns[8 * n + 2 * c + j];
+    for (int j = 0; j < 2; j++) unit[n][j] = sh.columns[8 * n + 2 * c + j], constant[n][j] = sh.columns[ROWS + 8 * n + 2 * c + j];
   // Values are multiplied by 2^(27 - exponent), exponent that of the largest scale met, so that p * scale uses the range of fp16.
   int exponent = 0;
   for (int t = begin + warp; t < end; t += WARPS) {
@@ -133,7 +138,7 @@ TQ_DEVICE void attend_pages(const Params& p, const Shared& sh, const Item& item,
 #pragma unroll
     for (int mt = 0; mt < 4; mt++) {
       float x[NB][4];
-      page_scores(sh, page, mt, lane, unit, x);
+      page_scores(sh, page, mt, lane, unit, constant, x);
 #if TQ_QJL
       sketch_scores(sh, page, mt, lane, x);
 #endif
@@ -179,7 +184,11 @@ TQ_DEVICE void attend_pages(const Params& p, const Shared& sh, const Item& item,
 #pragma unroll
     for (int mt = 0; mt < 4; mt++) {
       const int ta = mt * 16 + tile_token(g);
-      const float va = f16_to_f32(vs[ta]) * to_unit, vb = f16_to_f32(vs[ta + 8]) * to_unit;
+      // Codes average far from zero: every other tile counts them from the top with negative weights, or the accumulators would
+      // grow with the number of tokens and round to zero what is left when the mean is taken off.
+      const bool complement = RAW_CODES && mt & 1;
+      const float factor = complement ? -to_unit : to_unit;
+      const float va = f16_to_f32(vs[ta]) * factor, vb = f16_to_f32(vs[ta + 8]) * factor;
       uint32_t b[NB][2];
 #pragma unroll
       for (int n = 0; n < NB; n++) {
@@ -189,10 +198,16 @@ TQ_DEVICE void attend_pages(const Params& p, const Shared& sh, const Item& item,
         b[n][0] = movmatrix(f32_to_f16x2(p0 * va, p1 * va));
         b[n][1] = movmatrix(f32_to_f16x2(p2 * vb, p3 * vb));
       }
+      if constexpr (RAW_CODES)
+#pragma unroll
+        for (int n = 0; n < NB; n++) {
+          const uint32_t first = n ? 0 : ONES, second = NB == 1 || n ? ONES : 0;  // rows that give w[0], w[1] and w[2], w[3]
+          mma_f16(acc.w, first, second, first, second, b[n][0], b[n][1]);
+        }
 #pragma unroll
       for (int quad = 0; quad < D / 32; quad++) {
         uint32_t lo[4], hi[4];
-        value_pairs(page + V_OFFSET, mt * 16 + c, value_place(quad, g), lo, hi);
+        value_pairs(page + V_OFFSET, mt * 16 + c, quad, g, complement, lo, hi);
 #pragma unroll
         for (int n = 0; n < NB; n++) {
           mma_f16(acc.o[n][2 * quad], lo[0], lo[1], hi[0], hi[1], b[n][0], b[n][1]);
@@ -204,9 +219,19 @@ TQ_DEVICE void attend_pages(const Params& p, const Shared& sh, const Item& item,
   }
   const float from_unit = as_float((uint32_t)(127 - 27 + exponent) << 23);
 #pragma unroll
-  for (int n = 0; n < NB; n++)
+  for (int quad = 0; quad < D / 32; quad++)
 #pragma unroll
-    for (int i = 0; i < TILES; i++)
+    for (int i = 0; i < 4; i++) {
+      // A level is TQ_VALUE_FIRST + TQ_VALUE_STEP times its code.
+      const int bit = RAW_CODES ? code_bit(quad, value_place(quad, g), i) : 0;
+      const float factor = RAW_CODES ? TQ_VALUE_STEP * from_unit * as_float((uint32_t)(127 + 24 - bit) << 23) : from_unit;
 #pragma unroll
-      for (int j = 0; j < 4; j++) acc.o[n][i][j] *= from_unit;
+      for (int n = 0; n < NB; n++)
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+          float& x = acc.o[n][2 * quad + i / 2][2 * (i & 1) + j];
+          x *= factor;
+          if constexpr (RAW_CODES) x += TQ_VALUE_FIRST * from_unit * acc.w[2 * n + j];
+        }
+    }
 }

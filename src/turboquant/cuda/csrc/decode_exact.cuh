@@ -19,7 +19,7 @@ TQ_DEVICE Half4 halves(const Raw4& x) { return {x.x, x.y}; }
 #endif
 TQ_DEVICE Raw4 load_4(const void* base, int64_t i) { return *(const Raw4*)((const Raw*)base + i); }
 // Values are asked for together with keys where registers allow: one wait for memory instead of two.
-constexpr int KEYS_AT_ONCE = TQ_DTYPE == 2 || D > 128 || NB == 2 ? 2 : D / 16;
+constexpr int KEYS_AT_ONCE = TQ_DTYPE == 2 || D > 128 || NB == 2 ? 2 : TQ_CENTER == 1 ? D / 32 : D / 16;
 constexpr bool VALUES_EARLY = TQ_DTYPE != 2 && D <= 128 && NB == 1;
 
 // Exact tokens of an item, numbered through: its packed sinks first, then the window.

@@ -5,12 +5,15 @@
 #ifndef HI16
 #define HI16(x) ((x) >> 16)
 #endif
-constexpr int TILES = D / 16;  // output fragments: 16 dims x 8 query rows
+constexpr int TILES = D / 16;        // output fragments: 16 dims x 8 query rows
+constexpr bool RAW_CODES = VB <= 2;  // products with values are taken with codes, not levels
 
 struct Accumulator {
-  float o[NB][TILES][4];   // columns 2c, 2c + 1 of dims value_dim(tile / 2, g) + 2 (tile % 2) (+ 1 in the last two)
+  float o[NB][TILES][4];     // columns 2c, 2c + 1 of dims value_dim(tile / 2, g) + 2 (tile % 2) (+ 1 in the last two)
   float m[NB][2], l[NB][2];  // running maximum (base 2), and the sum over this lane's tokens
+  float w[4];                // RAW_CODES: sums over all tokens of what their codes are multiplied by, w[2n], w[2n + 1]
   TQ_DEVICE void clear() {
+    w[0] = w[1] = w[2] = w[3] = 0.f;
 #pragma unroll
     for (int n = 0; n < NB; n++) {
       m[n][0] = m[n][1] = NEVER;
@@ -22,6 +25,8 @@ struct Accumulator {
   TQ_DEVICE void scale(int n, float f0, float f1) {
     l[n][0] *= f0;
     l[n][1] *= f1;
+    w[2 * n] *= f0;
+    w[2 * n + 1] *= f1;
 #pragma unroll
     for (int i = 0; i < TILES; i++) o[n][i][0] *= f0, o[n][i][1] *= f1, o[n][i][2] *= f0, o[n][i][3] *= f1;
   }
@@ -142,65 +147,84 @@ struct Place {
 };
 // key_dim() and value_dim() in these terms, written out so that the compiler sees which parts are constants and loads words once.
 TQ_DEVICE Place key_place(int step, int c) {
-  const int base = segment_base(32 * step), size = segment_size(32 * step), k = step - base / 32;
+  const int base = segment_base(32 * step), size = segment_size(32 * step), k = segment_step(step);
   if (size == 128) return {base / 16 + 2 * c + k / 2, k % 2, base / 32 + c, k, 2 * k, 0};
   if (size == 64) return {base / 16 + c, k, base / 32 + c / 2, 2 * (c & 1) + k, 4 * (c & 1) + 2 * k, 0};
   return {base / 16 + c / 2, c & 1, base / 32, c, 2 * c, 0};
 }
 TQ_DEVICE Place value_place(int quad, int g) {
-  const int base = segment_base(32 * quad), size = segment_size(32 * quad), k = quad - base / 32;
+  const int base = segment_base(32 * quad), size = segment_size(32 * quad), k = segment_step(quad);
   if (size == 128) return {base / 16 + g, k / 2, base / 32 + g / 2, 2 * (g & 1) + k / 2, 4 * (g & 1) + k, k % 2};
+  if (VB == 2 && size == 64) return {base / 16 + g / 2, k, 0, 0, 0, g & 1};
   if (size == 64) return {base / 16 + g / 2, g & 1, base / 32 + g / 4, g & 3, 2 * (g & 3) + k, k};
   return {base / 16 + g / 4, g >> 1 & 1, base / 32, g >> 1, g, g & 1};
 }
 
-// Selector nibbles of 8 neighbouring dims of one token: the magnitude bits of its codes.
-template <int BITS> TQ_DEVICE uint32_t selectors(const uint8_t* planes, int token, const Place& at) {
-  uint32_t s = word_at(planes + token * (D / 4) + at.a * 4) >> (2 * at.r) & 0x33333333u;
-  if constexpr (BITS >= 3) s |= rotate_left(word_at(planes + PAGE * D / 4 + token * (D / 8) + at.b * 4), 2 - at.i) & 0x44444444u;
-  return s;
+// The word of plane A, the first one, with the two low bits of the codes.
+TQ_DEVICE uint32_t low_bits(const uint8_t* planes, int token, const Place& at) { return word_at(planes + token * (D / 4) + at.a * 4); }
+// Selector nibbles of 8 neighbouring dims of one token at 3 and 4 bits: the magnitude bits of its codes.
+TQ_DEVICE uint32_t selectors(const uint8_t* planes, int token, const Place& at) {
+  return (low_bits(planes, token, at) >> (2 * at.r) & 0x33333333u) |
+         (rotate_left(word_at(planes + PAGE * D / 4 + token * (D / 8) + at.b * 4), 2 - at.i) & 0x44444444u);
 }
-// Signs of 4 neighbouring dims in the top bits of the 4 bytes; the other bits are arbitrary.
-template <int BITS> TQ_DEVICE uint32_t signs(const uint8_t* planes, int token, const Place& at, int next) {
-  return word_at(planes + (BITS == 4 ? PAGE * D * 3 / 8 : 0) + token * (D / 8) + at.b * 4) << (7 - at.slot - next);
+// Signs of 4 neighbouring dims at 4 bits in the top bits of the 4 bytes; the other bits are arbitrary.
+TQ_DEVICE uint32_t signs(const uint8_t* planes, int token, const Place& at, int next) {
+  return word_at(planes + PAGE * D * 3 / 8 + token * (D / 8) + at.b * 4) << (7 - at.slot - next);
 }
 
-// Eight neighbouring key levels of one token as int8 (layout.py: in units of 1/64, at 4 bits less a half).
+// Eight neighbouring keys of one token as int8: levels in units of 1/64 (layout.py), at 4 bits less a half; at 1 and 2 bits codes
+// times 2^code_shift(), at 2 bits those of even dims first. store_row() makes up for all that.
 template <int BITS> TQ_DEVICE void key_bytes(const uint8_t* planes, int token, const Place& at, uint32_t& first, uint32_t& second) {
   if constexpr (BITS == 1) {
-    first = (signs<1>(planes, token, at, 0) & 0x80808080u) ^ 0x40404040u;
-    second = (signs<1>(planes, token, at, 1) & 0x80808080u) ^ 0x40404040u;
+    const uint32_t w = word_at(planes + token * (D / 8) + at.b * 4) >> (at.slot & 4), mask = 0x01010101u << (at.slot & 3);
+    first = w & mask;
+    second = w & mask << 1;
+  } else if constexpr (BITS == 2) {
+    const uint32_t w = low_bits(planes, token, at), mask = 0x03030303u << (2 * at.r);
+    first = w & mask;
+    second = w >> 4 & mask;
   } else {
-    const uint32_t s = selectors<BITS>(planes, token, at);
+    const uint32_t s = selectors(planes, token, at);
     first = prmt(TQ_KLUT0, TQ_KLUT1, s);
     second = prmt(TQ_KLUT0, TQ_KLUT1, HI16(s));
     if constexpr (BITS == 4) {
-      first ^= prmt(signs<4>(planes, token, at, 0), 0u, 0xBA98u);
-      second ^= prmt(signs<4>(planes, token, at, 1), 0u, 0xBA98u);
+      first ^= prmt(signs(planes, token, at, 0), 0u, 0xBA98u);
+      second ^= prmt(signs(planes, token, at, 1), 0u, 0xBA98u);
     }
   }
 }
 
-// Four neighbouring value levels of four tokens, as fp16 pairs of tokens (0, 1) and (2, 3): lo[i], hi[i] of dim + i.
-TQ_DEVICE void value_pairs(const uint8_t* planes, int token, const Place& at, uint32_t (&lo)[4], uint32_t (&hi)[4]) {
+// Four neighbouring values of four tokens, as fp16 pairs of tokens (0, 1) and (2, 3): lo[i], hi[i] of dim + i. At 3 and 4 bits
+// levels; at 1 and 2 bits codes times 2^(code_bit() - 24), for masked bits of a word are small fp16 numbers as they stand:
+// subnormal ones below bit 10, and a single bit may also be bit 10 or 11. With `complement` codes are counted from the top.
+TQ_DEVICE constexpr int code_bit(int quad, const Place& at, int i) {
+  return VB == 1 ? segment_step(quad) + 8 * (i & 1) : 2 * at.r + 4 * (i & 1);
+}
+TQ_DEVICE void value_pairs(const uint8_t* planes, int token, int quad, int g, bool complement, uint32_t (&lo)[4], uint32_t (&hi)[4]) {
+  const Place at = value_place(quad, g);
   uint32_t x[4];
 #pragma unroll
   for (int u = 0; u < 4; u++) {
     const int t = token + 4 * u;
     if constexpr (VB == 1) {
-      x[u] = signs<1>(planes, t, at, 0);
+      x[u] = word_at(planes + t * (D / 8) + at.b * 4) >> (at.slot - segment_step(quad));
+    } else if constexpr (VB == 2) {
+      x[u] = low_bits(planes, t, at);
     } else {
-      x[u] = prmt(TQ_VLUT0, TQ_VLUT1, (at.half ? HI16(selectors<VB>(planes, t, at)) : selectors<VB>(planes, t, at)));
-      if constexpr (VB == 4) x[u] ^= signs<4>(planes, t, at, 0) & 0x80808080u;
+      x[u] = prmt(TQ_VLUT0, TQ_VLUT1, (at.half ? HI16(selectors(planes, t, at)) : selectors(planes, t, at)));
+      if constexpr (VB == 4) x[u] ^= signs(planes, t, at, 0) & 0x80808080u;
     }
   }
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    lo[i] = prmt(x[0], x[1], 0x4400u + 0x1111u * i);
-    hi[i] = prmt(x[2], x[3], 0x4400u + 0x1111u * i);
-    if constexpr (VB == 1) {  // only the high byte carries the sign
-      lo[i] = (lo[i] & 0x80008000u) ^ (TQ_VLUT0 & 0xFF) * 0x01010101u;
-      hi[i] = (hi[i] & 0x80008000u) ^ (TQ_VLUT0 & 0xFF) * 0x01010101u;
+    // The 16 or 8 low bits of each half matter.
+    const uint32_t pick = VB == 1 ? (i < 2 ? 0x5410u : 0x7632u) : VB == 2 ? 0x0400u + 0x0101u * (2 * at.half + i / 2) : 0x4400u + 0x1111u * i;
+    lo[i] = prmt(x[0], x[1], pick);
+    hi[i] = prmt(x[2], x[3], pick);
+    if constexpr (RAW_CODES) {
+      const uint32_t mask = (VB == 1 ? 0x00010001u : 0x00030003u) << code_bit(quad, at, i);
+      lo[i] = (complement ? ~lo[i] : lo[i]) & mask;
+      hi[i] = (complement ? ~hi[i] : hi[i]) & mask;
     }
   }
 }

@@ -4,6 +4,7 @@
 constexpr int D = TQ_D, KB = TQ_KB, VB = TQ_VB, NB = TQ_NB, WARPS = TQ_WARPS, STAGES = TQ_STAGES;
 constexpr int THREADS = 32 * WARPS, ROWS = 8 * NB, PAGE = 64;
 constexpr bool FEW = TQ_FEW;  // at most 4 query rows an item: half of the columns of fragments are not used
+static_assert(NB == 1 || NB == 2, "one or two blocks of 8 query rows at once");
 static_assert(D % 32 == 0 && D <= 512, "head_dim must be a multiple of 32");
 
 // ---- page layout (codec/layout.py; the wrapper compares these offsets with PageLayout) ----
@@ -103,7 +104,7 @@ struct Shared {
   uint4 *query, *sketch;
   float4* turn;
   uint2* plain;
-  float* columns;  // (4, ROWS): scale of a query row, constant of its codes, and both of its sketch
+  float* columns;  // (5, ROWS): a query row's scale and constant of its products, scale of its sketch, q . mu, constant of its sketch
   float* matrix;   // key and value signs; or a vector per warp while it is multiplied by a matrix
   float* merge;        // (WARPS, MERGE_ROWS, LINE)
   float* lines;        // (2, MERGE_ROWS, D): parts of pages and of exact tokens
@@ -131,12 +132,12 @@ struct Shared {
     matrix = (float*)s;
     s += MATRIX_FLOATS * 4;
     columns = (float*)s;
-    s += 4 * ROWS * 4;
+    s += 5 * ROWS * 4;
     bars = (uint64_t*)s;
     s += WARPS * STAGES * 8;
     flag = (int*)s;
   }
 };
 constexpr int SHARED_BYTES = WARPS * STAGES * STAGE_BYTES + CENTER_WORDS * 16 + QUERY_WORDS * 16 * (TQ_QJL ? 2 : 1) + TURN_WORDS * 16 +
-                             PLAIN_WORDS * 8 + MERGE_FLOATS * 4 + MATRIX_FLOATS * 4 + 4 * ROWS * 4 + WARPS * STAGES * 8 + 16;
+                             PLAIN_WORDS * 8 + MERGE_FLOATS * 4 + MATRIX_FLOATS * 4 + 5 * ROWS * 4 + WARPS * STAGES * 8 + 16;
 static_assert(SHARED_BYTES == TQ_SHARED_BYTES, "decode.py computes another size of shared memory");

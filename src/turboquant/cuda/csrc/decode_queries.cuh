@@ -6,13 +6,16 @@
 constexpr int N128 = D / 128 * 128, N64 = D % 128 / 64 * 64;
 TQ_DEVICE constexpr int segment_size(int dim) { return dim < N128 ? 128 : dim < N128 + N64 ? 64 : 32; }
 TQ_DEVICE constexpr int segment_base(int dim) { return dim < N128 ? dim / 128 * 128 : dim < N128 + N64 ? N128 : N128 + N64; }
+// Number of a step or quad of 32 dims within its segment.
+TQ_DEVICE constexpr int segment_step(int i) { return i - segment_base(32 * i) / 32; }
 // First of the 8 neighbouring dims that lane c of a quad of lanes brings to K step `step` (32 dims).
-TQ_DEVICE int key_dim(int step, int c) {
-  return segment_base(32 * step) + c * (segment_size(32 * step) / 4) + 8 * (step - segment_base(32 * step) / 32);
-}
+TQ_DEVICE int key_dim(int step, int c) { return segment_base(32 * step) + c * (segment_size(32 * step) / 4) + 8 * segment_step(step); }
 // First of the 4 neighbouring dims of V that row g of a fragment holds in quad `quad`.
 TQ_DEVICE int value_dim(int quad, int g) {
-  return segment_base(32 * quad) + g * (segment_size(32 * quad) / 8) + 4 * (quad - segment_base(32 * quad) / 32);
+  const int base = segment_base(32 * quad), size = segment_size(32 * quad), k = segment_step(quad);
+  // 2 bits: two lanes share a word by its halves, so that both have the same bits of each byte.
+  if (VB == 2 && size == 64) return base + g / 2 * 16 + g % 2 * 4 + 8 * k;
+  return base + g * (size / 8) + 4 * k;
 }
 
 #if TQ_DTYPE == 2
@@ -102,33 +105,41 @@ TQ_DEVICE void rotate_back(float (&x)[PER_LANE], const float* rotation, float* l
 #endif
 }
 
+// A key's level (layout.py) is key_step() times the sum of a number that key_bytes() gives and key_shift(). A sketch's is one of 1 bit.
+TQ_DEVICE constexpr float key_step(int bits) { return bits == 1 ? -2.f : bits == 2 ? 1.f : 1.f / 64; }
+TQ_DEVICE constexpr float key_shift(int bits) { return bits == 1 ? -0.5f : bits == 2 ? -1.5f : bits == 4 ? 0.5f : 0.f; }
+// Codes of 1 and 2 bits come 2^code_shift() times too large: their bits are masked where they are, in the low 4 bits of a byte.
+TQ_DEVICE constexpr int code_shift(int bits, int dim) { return bits == 1 ? dim >> 2 & 3 : bits == 2 ? dim >> 2 & 2 : 0; }
+
 // A row as 16-bit integers, split into a high and a low byte for two int8 products: exact to 2^-16 of its largest number.
-// Writes it in fragment order; returns the unit in `unit` and half the sum of the integers in `half_sum` (4-bit keys: their
-// levels are a byte and a half).
-TQ_DEVICE void store_row(uint4* words, int row, const float (&x)[PER_LANE], int lane, float& unit, float& half_sum) {
+// Where codes come 2, 4 or 8 times too large, integers are that much smaller and coarser. Writes them in the order of
+// key_bytes<BITS>; returns the unit of products in `unit` and what to add to products in `constant`.
+template <int BITS> TQ_DEVICE void store_row(uint4* words, int row, const float (&x)[PER_LANE], int lane, float& unit, float& constant) {
   float top = 0.f;
 #pragma unroll
   for (int k = 0; k < PER_LANE; k++) top = fmaxf(top, fabsf(x[k]));
 #pragma unroll
   for (int m = 16; m; m >>= 1) top = fmaxf(top, shfl_xor(top, m));
   const float inverse = top > 0.f ? 32512.f / top : 0.f;
-  unit = top * (1.f / 32512.f);
+  unit = top * (key_step(BITS) / 32512.f);
   int sum = 0;
 #pragma unroll
   for (int k = 0; k < PER_LANE; k++) {
-    const int dim = k * 32 + lane, v = round_to_int(x[k] * inverse), high = (v + 128) >> 8, low = v - 256 * high;
+    const int dim = k * 32 + lane, shift = code_shift(BITS, dim);
+    const int v = round_to_int(x[k] * (inverse * as_float((uint32_t)(127 - shift) << 23))), high = (v + 128) >> 8, low = v - 256 * high;
     const int base = segment_base(dim), share = segment_size(dim) / 4, in = dim - base;
-    const int step = base / 32 + in % share / 8, owner = (row & 7) * 4 + in / share, byte = in % 8;
+    const int step = base / 32 + in % share / 8, owner = (row & 7) * 4 + in / share;
+    const int byte = BITS == 2 ? in % 8 / 2 + in % 2 * 4 : in % 8;
     uint8_t* w = (uint8_t*)&words[((row >> 3) * K_STEPS + step) * 32 + owner];
     w[byte] = (uint8_t)high;
     w[8 + byte] = (uint8_t)low;
-    sum += v;
+    sum += v << shift;
   }
-  half_sum = 0.f;
-  if constexpr (KB == 4) {
+  constant = 0.f;
+  if constexpr (key_shift(BITS) != 0.f) {
 #pragma unroll
     for (int m = 16; m; m >>= 1) sum += shfl_xor(sum, m);
-    half_sum = 0.5f * (float)sum;
+    constant = key_shift(BITS) * (float)sum;
   }
 }
 
@@ -174,26 +185,29 @@ TQ_DEVICE void prepare_row(const Params& p, Shared& sh, const Item& item, bool e
     ((float*)&sh.turn[((row >> 3) * (D / 16) + step) * 32 + owner])[2 * second + (i & 1)] = x[k] * (p.scale * LOG2E);
   }
 #elif TQ_CENTER == 2
-  float constant = 0.f;
+  float mean = 0.f;
 #pragma unroll
-  for (int k = 0; k < PER_LANE; k++) constant += x[k] * p.mean[item.head * D + k * 32 + lane];
-  constant = sum_of_lanes(constant) * (p.scale * LOG2E);
-  if (lane == 0) sh.columns[3 * ROWS + row] = constant;
+  for (int k = 0; k < PER_LANE; k++) mean += x[k] * p.mean[item.head * D + k * 32 + lane];
+  mean = sum_of_lanes(mean) * (p.scale * LOG2E);
+  if (lane == 0) sh.columns[3 * ROWS + row] = mean;
 #endif
   if (p.inverse_balance)
 #pragma unroll
     for (int k = 0; k < PER_LANE; k++) x[k] *= p.inverse_balance[item.head * D + k * 32 + lane];
-  float unit, half_sum, *line = sh.matrix + warp * D;
+  float unit, constant, *line = sh.matrix + warp * D;
   rotate(x, TQ_ROTATE ? sh.matrix : p.key_rotation, line, lane);
-  store_row(sh.query, row, x, lane, unit, half_sum);
+  store_row<KB>(sh.query, row, x, lane, unit, constant);
   if (lane == 0) {
-    sh.columns[row] = unit * (p.scale * LOG2E / 64.f);
-    sh.columns[ROWS + row] = half_sum;
+    sh.columns[row] = unit * (p.scale * LOG2E);
+    sh.columns[ROWS + row] = constant;
   }
 #if TQ_QJL
   rotate(x, p.sketch_rotation, line, lane);
-  store_row(sh.sketch, row, x, lane, unit, half_sum);
-  if (lane == 0) sh.columns[2 * ROWS + row] = unit * (p.scale * LOG2E / 64.f) * TQ_QJL_SCALE;  // sqrt(pi / (2 D))
+  store_row<1>(sh.sketch, row, x, lane, unit, constant);
+  if (lane == 0) {
+    sh.columns[2 * ROWS + row] = unit * (p.scale * LOG2E) * TQ_QJL_SCALE;  // sqrt(pi / (2 D))
+    sh.columns[4 * ROWS + row] = constant;
+  }
 #endif
 }
 

@@ -14,7 +14,7 @@ typedef float Part[DIMS];
 
 struct KeyCodes {
   static constexpr int BITS = TQ_KB;
-  static constexpr bool KEY = true;
+  static constexpr bool SYMMETRIC = true;  // levels are, so middle and shifts are zero
   static TQ_DEVICE float middle() { return 0; }
   static TQ_DEVICE float shift(int) { return 0; }
   static TQ_DEVICE float bound(int k) {
@@ -28,7 +28,7 @@ struct KeyCodes {
 };
 struct ValueCodes {
   static constexpr int BITS = TQ_VB;
-  static constexpr bool KEY = false;
+  static constexpr bool SYMMETRIC = TQ_VB <= 2;
   static TQ_DEVICE float middle() { return as_float(TQ_VALUE_MIDDLE); }
   static TQ_DEVICE float shift(int k) {
     constexpr uint32_t x[] = {TQ_VALUE_SHIFTS};
@@ -146,8 +146,8 @@ template <int N> TQ_DEVICE void sum_counts(uint32_t (&n)[N]) {
 // Codes of y, and the sum of the squares of their levels over the whole vector.
 template <class Role> TQ_DEVICE float quantize(Bits (&codes)[UNITS], const Part& y, float rms) {
   constexpr int COUNT = (1 << (Role::BITS - 1)) - 1;
-  // Of values negative dims are counted apart; squares of keys are the same for both signs, and their sums are exact.
-  constexpr int EACH = Role::KEY ? 1 : 2;
+  // Negative dims are counted apart unless squares are the same for both signs; the sums of those are exact.
+  constexpr int EACH = Role::SYMMETRIC ? 1 : 2;
   uint32_t n[EACH * COUNT + EACH] = {};  // dims of magnitude k or a larger one, then the negative ones of these
   const float middle = mul_rn(rms, Role::middle());
 #pragma unroll
@@ -156,9 +156,9 @@ template <class Role> TQ_DEVICE float quantize(Bits (&codes)[UNITS], const Part&
 #pragma unroll
     for (int at = 31; at >= 0; at--) {
       const float x = y[32 * u + dim_of_bit(at)];
-      r.sign = push_sign(r.sign, Role::KEY || Role::BITS == 1 ? x : sub_rn(x, middle));
+      r.sign = push_sign(r.sign, Role::SYMMETRIC ? x : sub_rn(x, middle));
     }
-    if (!Role::KEY) n[EACH - 1] += __popc(r.sign);
+    if (!Role::SYMMETRIC) n[EACH - 1] += __popc(r.sign);
 #pragma unroll
     for (int k = 0; k < COUNT; k++) {
       const float shift = mul_rn(rms, Role::shift(k)), bound = mul_rn(rms, Role::bound(k));
@@ -166,10 +166,10 @@ template <class Role> TQ_DEVICE float quantize(Bits (&codes)[UNITS], const Part&
 #pragma unroll
       for (int at = 31; at >= 0; at--) {
         const float x = y[32 * u + dim_of_bit(at)];
-        above = push_sign(above, sub_rn(bound, fabsf(Role::KEY ? x : sub_rn(x, shift))));
+        above = push_sign(above, sub_rn(bound, fabsf(Role::SYMMETRIC ? x : sub_rn(x, shift))));
       }
       n[EACH * (k + 1)] += __popc(above);
-      if (!Role::KEY) n[EACH * (k + 1) + EACH - 1] += __popc(above & r.sign);
+      if (!Role::SYMMETRIC) n[EACH * (k + 1) + EACH - 1] += __popc(above & r.sign);
       r.low ^= above;
       if (k & 1) r.high ^= above;
       if (k == 3) r.top = above;
@@ -181,13 +181,13 @@ template <class Role> TQ_DEVICE float quantize(Bits (&codes)[UNITS], const Part&
   float squares = 0;
 #pragma unroll
   for (int k = 0; k <= COUNT; k++) {
-    uint32_t all = n[EACH * k], negative = Role::KEY ? 0 : n[EACH * k + EACH - 1];
+    uint32_t all = n[EACH * k], negative = Role::SYMMETRIC ? 0 : n[EACH * k + EACH - 1];
     if (k < COUNT) {
       all -= n[EACH * (k + 1)];
-      if (!Role::KEY) negative -= n[EACH * (k + 1) + EACH - 1];
+      if (!Role::SYMMETRIC) negative -= n[EACH * (k + 1) + EACH - 1];
     }
     squares = add_rn(squares, mul_rn((float)(int)(all - negative), Role::square(k, 0)));
-    if (!Role::KEY) squares = add_rn(squares, mul_rn((float)(int)negative, Role::square(k, 1)));
+    if (!Role::SYMMETRIC) squares = add_rn(squares, mul_rn((float)(int)negative, Role::square(k, 1)));
   }
   return squares;
 }
@@ -233,7 +233,7 @@ TQ_DEVICE void value_levels(Part& level, const Bits (&codes)[UNITS]) {
       if (TQ_VB == 4) bytes ^= spread_to_tops(sign >> (16 * half));
 #pragma unroll
       for (int e = 0; e < 2; e++) {
-        const uint32_t pair = TQ_VB == 1 ? prmt(bytes, TQ_VALUE_LOW, e ? 0x3424 : 0x1404) : prmt(bytes, 0, e ? 0x3322 : 0x1100);
+        const uint32_t pair = prmt(bytes, 0, TQ_VB <= 2 ? (e ? 0x3424 : 0x1404) : (e ? 0x3322 : 0x1100));
         level[8 * i + 4 * half + 2 * e] = f16_to_f32((uint16_t)pair);
         level[8 * i + 4 * half + 2 * e + 1] = f16_to_f32((uint16_t)(pair >> 16));
       }
