@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+from collections import OrderedDict
 
 import torch
 from torch import Tensor
@@ -52,12 +52,23 @@ def merge(parts: list[tuple[Tensor, Tensor]], sink_logits: Tensor | None) -> tup
     return out, total
 
 
-@functools.lru_cache(maxsize=32)
-def _plan(
-    device: torch.device, stream: int, key: tuple[int, ...], group: int, tokens: int, exact: int, packed: PackedKey
-) -> DecodePlan:
-    # Launches of one stream run one after another, so all layers of a model share the plan and its scratch memory.
-    return decode.plan(packed.pages, packed.pages.packed_len, group, tokens, exact, rows=packed.pages.rows)  # type: ignore[arg-type]
+_plans: OrderedDict[tuple[object, ...], DecodePlan] = OrderedDict()
+_PLANS_KEPT = 32
+
+
+def _plan(pages: PackedPages, group: int, tokens: int, exact_tokens: int) -> DecodePlan:
+    """The plan of a decode step, shared by all layers of one shape: launches of one stream run one after another."""
+    layout = pages.codec.layout
+    shape = (pages.rows, pages.num_kv_heads, group, tokens, layout, pages.center, pages.rotates)
+    key = (pages.device, stream_of(pages.device), *shape, pages.packed_len, pages.first_page, exact_tokens)
+    if key in _plans:
+        _plans.move_to_end(key)
+    else:
+        assert isinstance(pages.packed_len, int)
+        _plans[key] = decode.plan(pages, pages.packed_len, group, tokens, exact_tokens, rows=pages.rows)
+        if len(_plans) > _PLANS_KEPT:
+            _plans.popitem(last=False)
+    return _plans[key]
 
 
 def is_gpu(query: Tensor) -> bool:
@@ -68,19 +79,6 @@ def is_gpu(query: Tensor) -> bool:
 def stream_of(device: torch.device) -> int:
     """The stream on which kernels are launched."""
     return int(torch.cuda.current_stream(device).cuda_stream)
-
-
-class PackedKey:
-    """Carries the pages to :func:`_plan` without being part of its key."""
-
-    def __init__(self, pages: PackedPages) -> None:
-        self.pages = pages
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, PackedKey)
-
-    def __hash__(self) -> int:
-        return 0
 
 
 class CudaBackend(Backend):
@@ -128,9 +126,7 @@ def _decode(call: Call, mask: CausalMask) -> tuple[Tensor, Tensor]:
     sinks = layer.sinks()
     exact = decode.ExactTokens(tail[0], tail[1], first, None if sinks is None else (sinks[0], sinks[1]))
     group = hq // layer.num_kv_heads
-    key = (b, layer.num_kv_heads, d, layer.layout.page_bytes, pages.center, layer.packed_pages, layer.first_page)
-    window = layer.config.recent_tokens + 64 + layer.sink_tokens
-    work = _plan(query.device, stream_of(query.device), key, group, t, window, PackedKey(pages))
+    work = _plan(pages, group, t, layer.config.recent_tokens + 64 + layer.sink_tokens)
     out = torch.empty((b, t, hq, d), dtype=query.dtype, device=query.device).transpose(1, 2)
     lse = torch.empty((b, hq, t), dtype=torch.float32, device=query.device)
     logits = None if call.sink_logits is None else call.sink_logits.float().contiguous()

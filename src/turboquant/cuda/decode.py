@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..codec.layout import PAGE_TOKENS, PageLayout, lut_bytes, stored_levels
+from ..codec.layout import PageLayout, lut_bytes, stored_levels
 from ..codec.rotation import Rotation
 from ..errors import ShapeError
 from . import jit
@@ -401,8 +401,3 @@ def _fill_exact(s: DecodeStruct, exact: ExactTokens | None, query: Tensor) -> No
     s.window_slots = exact.key.shape[2]
     s.sinks = 0 if exact.sinks is None else exact.sinks[0].shape[2]
     s.has_window = 1
-
-
-def count_pages(tokens: int) -> int:
-    """Pages that hold ``tokens`` tokens."""
-    return -(-tokens // PAGE_TOKENS)

@@ -2,9 +2,6 @@
 #pragma once
 #include "decode_queries.cuh"
 
-#ifndef HI16
-#define HI16(x) ((x) >> 16)
-#endif
 constexpr int TILES = D / 16;        // output fragments: 16 dims x 8 query rows
 constexpr bool RAW_CODES = VB <= 2;  // products with values are taken with codes, not levels
 
@@ -186,7 +183,7 @@ template <int BITS> TQ_DEVICE void key_bytes(const uint8_t* planes, int token, c
   } else {
     const uint32_t s = selectors(planes, token, at);
     first = prmt(TQ_KLUT0, TQ_KLUT1, s);
-    second = prmt(TQ_KLUT0, TQ_KLUT1, HI16(s));
+    second = prmt(TQ_KLUT0, TQ_KLUT1, s >> 16);
     if constexpr (BITS == 4) {
       first ^= prmt(signs(planes, token, at, 0), 0u, 0xBA98u);
       second ^= prmt(signs(planes, token, at, 1), 0u, 0xBA98u);
@@ -211,7 +208,7 @@ TQ_DEVICE void value_pairs(const uint8_t* planes, int token, int quad, int g, bo
     } else if constexpr (VB == 2) {
       x[u] = low_bits(planes, t, at);
     } else {
-      x[u] = prmt(TQ_VLUT0, TQ_VLUT1, (at.half ? HI16(selectors(planes, t, at)) : selectors(planes, t, at)));
+      x[u] = prmt(TQ_VLUT0, TQ_VLUT1, selectors(planes, t, at) >> (16 * at.half));
       if constexpr (VB == 4) x[u] ^= signs(planes, t, at, 0) & 0x80808080u;
     }
   }
