@@ -10,6 +10,7 @@ import torch
 from turboquant import Rotary, TurboQuantConfig, attend
 from turboquant.attention import CausalMask, TensorMask, use_backend
 from turboquant.cache.layer import PackedLayer
+from turboquant.cache.slab import PageSlabs
 from turboquant.errors import ConfigError
 
 
@@ -136,3 +137,23 @@ def test_inside_a_compiled_graph() -> None:
     shape = torch.ops.turboquant.attend(query.to("meta"), layer.handle, 0.1, None, None)
     assert shape[0].shape == query.shape and shape[1].shape == (1, 6, 3) and shape[1].dtype == torch.float32
     assert CausalMask(3).plain() is not None
+
+
+def test_what_kernels_do_not_take_falls_back(on_kernels: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scales shared by heads change nothing about which head dims the kernel takes; queries of another dtype are read, too."""
+    monkeypatch.setattr("turboquant.attention.select._warned", set())
+    shared = filled(on_kernels, 470, dim=80, per_head_scale=False)
+    with pytest.warns(UserWarning, match="head_dim 80"):
+        assert attend(torch.randn(1, 6, 1, 80, device=on_kernels), shared)[0].isfinite().all()
+    query = torch.randn(1, 6, 1, 64, device=on_kernels)
+    with pytest.warns(UserWarning, match="bfloat16"):
+        assert attend(query, filled(on_kernels, 470, dtype=torch.bfloat16))[0].dtype == torch.float32
+
+
+def test_addresses_follow_rows_into_memory_that_was_used_before() -> None:
+    slabs = PageSlabs()
+    memory = torch.zeros(2 * 4 * 3 * 8, dtype=torch.uint8)
+    slabs.slabs = [memory.view(2, 4, 3, 8).permute(1, 2, 0, 3)]
+    assert (slabs.addresses() - memory.data_ptr()).tolist() == [[0, 4 * 3 * 8]]
+    slabs.slabs = [memory[: 2 * 2 * 3 * 8].view(2, 2, 3, 8).permute(1, 2, 0, 3)]
+    assert (slabs.addresses() - memory.data_ptr()).tolist() == [[0, 2 * 3 * 8]]

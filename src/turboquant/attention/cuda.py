@@ -96,8 +96,8 @@ class CudaBackend(Backend):
             return "a mask that is not causal attention with padding on the left and a sliding window"
         if not _same_starts(mask, layer):
             return "a mask with other padding than the cache was told of"
-        if not layer.codec.per_head_scale:
-            return None  # one scale for all heads is stored as one for each
+        if query.dtype != layer.dtype:
+            return f"queries are {query.dtype}, exact tokens {layer.dtype}"
         pages = packed_pages(layer)
         if query.shape[2] > decode.MAX_QUERY_TOKENS:
             return extend.why_not(pages)

@@ -64,7 +64,8 @@ class PageSlabs:
         Further heads follow at multiples of page_bytes, further rows at multiples of heads * page_bytes. Valid until the next
         change of the slabs.
         """
-        starts = [x for s in self.slabs for x in (s.data_ptr(), s.shape[2])]
+        # Memory of an earlier slab may be used again for one of another batch: the shape is part of what identifies a slab.
+        starts = [x for s in self.slabs for x in (s.data_ptr(), *s.shape)]
         if self._addresses is None or self._addresses[0] != starts:
             found = []
             for s in self.slabs:
