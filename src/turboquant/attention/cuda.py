@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
 
 import torch
@@ -19,24 +20,36 @@ from .reference import attend_window
 _FLASH_DTYPES = (torch.float16, torch.bfloat16)
 
 
+_pages: weakref.WeakKeyDictionary[PackedLayer, tuple[Tensor | None, PackedPages]] = weakref.WeakKeyDictionary()
+
+
 def packed_pages(layer: PackedLayer) -> PackedPages:
-    """The pages of a layer as kernels are told of them."""
+    """The pages of a layer as kernels are told of them; the same object until a page or the padding changes."""
     assert layer.transform is not None
-    heads, size = layer.num_kv_heads, layer.layout.page_bytes
-    starts = None if layer.starts is None else layer.starts.int()
-    return PackedPages(
-        layer.codec,
-        layer.transform,
-        heads,
-        layer.slabs.addresses(),
-        layer.packed_tokens,
-        row_stride=heads * size,
-        head_stride=size,
-        first_page=layer.first_page,
-        starts=starts,
-        angles=layer.page_angles(layer.packed_pages) if layer.transform.statistics is not None else None,
-        rows=layer.batch_size,
-    )
+    table, heads, size = layer.slabs.addresses(), layer.num_kv_heads, layer.layout.page_bytes
+    starts, held = _pages.get(layer, (None, None))
+    if (
+        held is None
+        or held.table is not table
+        or starts is not layer.starts
+        or held.transform is not layer.transform
+        or (held.packed_len, held.first_page) != (layer.packed_tokens, layer.first_page)
+    ):
+        held = PackedPages(
+            layer.codec,
+            layer.transform,
+            heads,
+            table,
+            layer.packed_tokens,
+            row_stride=heads * size,
+            head_stride=size,
+            first_page=layer.first_page,
+            starts=None if layer.starts is None else layer.starts.int(),
+            angles=layer.page_angles(layer.packed_pages) if layer.transform.statistics is not None else None,
+            rows=layer.batch_size,
+        )
+        _pages[layer] = layer.starts, held
+    return held
 
 
 def merge(parts: list[tuple[Tensor, Tensor]], sink_logits: Tensor | None) -> tuple[Tensor, Tensor]:
